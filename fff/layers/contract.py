@@ -1,0 +1,131 @@
+"""What every routed layer gives: a plain tensor, its sizes, and the record of its last routing.
+
+T rows, E experts, K chosen experts per row, N tree nodes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Record(NamedTuple):
+    """What one forward pass decided and what it costs beyond the task loss.
+
+    aux_loss: (), the weighted sum of the auxiliary losses; differentiable, 0 where nothing is weighted.
+    losses: each raw (unweighted) auxiliary loss by name, (), detached.
+    index: (T, K) the experts that the hard route chose for each row, -1 where a choice was dropped; detached.
+    num_experts: E.
+    node_entropy: (N,) mean Bernoulli entropy of each tree node in nats over the rows that it saw
+        (nan for a node that no row reached); None for layers without a tree.
+    backend: resolved name of the `expert_mlp` backend that ran.
+    """
+
+    aux_loss: Tensor
+    losses: dict[str, Tensor]
+    index: Tensor
+    num_experts: int
+    node_entropy: Tensor | None
+    backend: str
+
+    @property
+    def load(self) -> Tensor:
+        """Rows routed to each expert, (E,) int64, counted from the hard choice; computed when asked for."""
+        chosen = self.index.flatten()
+        kept = (chosen >= 0).to(torch.int64)
+        return torch.zeros(self.num_experts, dtype=torch.int64, device=chosen.device).scatter_add_(
+            0, chosen.clamp(min=0), kept
+        )
+
+
+class Size(NamedTuple):
+    """Static cost of a layer, in neurons and in floating-point operations (a multiply-add counts as two).
+
+    training_width: hidden units over all experts.  inference_width: hidden units that one row passes through.
+    training_size, inference_size: the same plus the neurons of the router that are trained / evaluated for one row
+        (FFF paper, section 3: (2^d - 1) n + 2^d l and d n + l).
+    flops_per_row: router and experts of one row of hard inference, biases and activations left out.
+    """
+
+    training_width: int
+    inference_width: int
+    training_size: int
+    inference_size: int
+    flops_per_row: int
+
+
+class RoutedLayer(nn.Module, ABC):
+    """Base of all layers: `forward(x)` maps (..., in_features) to (..., out_features) in x's dtype.
+
+    Each forward replaces `record`; it is None before the first, after copying or unpickling, and under export.
+    Under activation checkpointing use `use_reentrant=False`: the re-entrant kind runs the first forward without
+    gradients, so that no auxiliary loss can reach the parameters.
+    """
+
+    record: Record | None
+    in_features: int
+    out_features: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record = None
+
+    @property
+    @abstractmethod
+    def size(self) -> Size:
+        """Static cost of this layer."""
+
+    def __getstate__(self) -> dict:
+        # A record holds non-leaf tensors, which can be neither deep-copied nor pickled.
+        return {**self.__dict__, "record": None}
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Check x and flatten it to (T, in_features)."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but {type(self).__name__} was built with in_features={self.in_features}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"x has dtype {x.dtype}, but {type(self).__name__} needs a floating-point input")
+        return x.reshape(-1, self.in_features)
+
+
+def routing(model: nn.Module) -> Iterator[tuple[str, Record]]:
+    """The records of all layers of `model` that have run, each with its module name, in module order."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedLayer) and module.record is not None:
+            yield name, module.record
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """Sum of the weighted auxiliary losses of the last forward over all layers of `model`, each layer once; ().
+
+    Add it to the task loss once per forward pass. A layer called several times in one pass counts its last call.
+    """
+    losses = [record.aux_loss for _, record in routing(model)]
+    if losses:
+        return torch.stack([loss.to(losses[0]) for loss in losses]).sum()
+    parameter = next(model.parameters(), None)
+    return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
+@contextmanager
+def soft_evaluation(model: nn.Module) -> Iterator[None]:
+    """Inside this context the trees of `model` evaluate their soft mixture instead of the hard route.
+
+    Layers without a soft route are left as they are.
+    """
+    layers = [m for m in model.modules() if isinstance(m, RoutedLayer) and hasattr(m, "soft_eval")]
+    before = [layer.soft_eval for layer in layers]
+    try:
+        for layer in layers:
+            layer.soft_eval = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.soft_eval = value
