@@ -1,0 +1,121 @@
+"""Rows sorted by expert, one matmul per expert that is hit; plain PyTorch, any device, with gradients.
+
+The loop over groups sits in two custom operators, so that `torch.compile` and `torch.export` see them whole, and so
+that the backward pass fills one gradient tensor per weight instead of adding up one full-size tensor per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fff.ops.expert_mlp.hidden import hidden_units
+
+
+def _hit(offset: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of every non-empty group; one host synchronisation, no work per empty group."""
+    count = offset.diff()
+    expert = torch.nonzero(count).squeeze(1)
+    start = offset[expert]
+    return list(zip(expert.tolist(), start.tolist(), (start + count[expert]).tolist(), strict=True))
+
+
+@torch.library.custom_op("fff::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
+    """x (M, A) sorted by group, weight (E, A, B), bias (E, B), offset (E + 1,) int64 -> (M, B).
+
+    Rows offset[e]:offset[e + 1] belong to group e; rows after the last offset give zeros.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[2])
+    end = 0
+    for e, start, end in _hit(offset):
+        if bias is None:
+            torch.mm(x[start:end], weight[e], out=y[start:end])
+        else:
+            torch.addmm(bias[e], x[start:end], weight[e], out=y[start:end])
+    y[end:] = 0
+    return y
+
+
+@grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("fff::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offset: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `grouped_linear` for x, weight and bias; an empty tensor for each that is not needed."""
+    grad_x = torch.zeros_like(x) if need_x else x.new_empty(0)
+    # zeros_like keeps the strides of a transposed weight, so that the gradient lies in memory as the parameter does.
+    grad_weight = torch.zeros_like(weight) if need_weight else x.new_empty(0)
+    grad_bias = x.new_zeros(weight.shape[0], weight.shape[2]) if need_bias else x.new_empty(0)
+    for e, start, end in _hit(offset):
+        if need_x:
+            torch.mm(grad[start:end], weight[e].T, out=grad_x[start:end])
+        if need_weight:
+            torch.mm(x[start:end].T, grad[start:end], out=grad_weight[e])
+        if need_bias:
+            torch.sum(grad[start:end], 0, out=grad_bias[e])
+    return grad_x, grad_weight, grad_bias
+
+
+@grouped_linear_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, offset: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(weight) if need_weight else x.new_empty(0),
+        x.new_empty(weight.shape[0], weight.shape[2]) if need_bias else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, offset = inputs
+    ctx.save_for_backward(x, weight, offset)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad: Tensor):
+    x, weight, offset = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    need_bias = ctx.has_bias and ctx.needs_input_grad[2]
+    grad_x, grad_weight, grad_bias = grouped_linear_backward(
+        grad.contiguous(), x, weight, offset, need_x, need_weight, need_bias
+    )
+    return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias if need_bias else None, None
+
+
+grouped_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def grouped(
+    x: Tensor,
+    index: Tensor | None,
+    gate: Tensor | None,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    glu: bool,
+    dropout: float,
+) -> Tensor:
+    assert index is not None, "grouped needs chosen experts"
+    rows, choices = index.shape
+    num_experts = w_in.shape[0]
+    # Choices that are left out (-1) sort behind the last expert, where no group reaches.
+    expert, order = torch.sort(torch.where(index < 0, num_experts, index).flatten(), stable=True)
+    offset = torch.searchsorted(expert, torch.arange(num_experts + 1, device=x.device))
+    row = order if choices == 1 else torch.div(order, choices, rounding_mode="floor")
+    pre = grouped_linear(x.index_select(0, row), w_in.transpose(1, 2), b_in, offset)
+    out = grouped_linear(hidden_units(pre, act, glu, dropout), w_out, b_out, offset)
+    if gate is not None:
+        out = out * gate.flatten().index_select(0, order).unsqueeze(-1)
+    if choices == 1:
+        return torch.empty_like(out).index_copy(0, row, out)
+    return out.new_zeros(rows, out.shape[1]).index_add(0, row, out)
