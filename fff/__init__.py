@@ -15,6 +15,7 @@ _HOME = {
     "aux_loss": "fff.layers.contract",
     "routing": "fff.layers.contract",
     "soft_evaluation": "fff.layers.contract",
+    "update_biases": "fff.layers.contract",
 }
 
 __all__ = sorted(_HOME)

@@ -14,6 +14,40 @@ import torch
 from torch import Tensor, nn
 
 
+class TreeTrace(NamedTuple):
+    """Node logits of one forward pass over P trees of depth d, detached.
+
+    top: (T, P, M) all nodes of the first levels, M = 2^levels - 1.
+    node, logit: (T, P, V) heap index and logit of the deeper nodes that single rows visited; None where there are none.
+    """
+
+    top: Tensor
+    depth: int
+    node: Tensor | None = None
+    logit: Tensor | None = None
+
+    def node_entropy(self) -> Tensor:
+        """Mean Bernoulli entropy of each node in nats, (P * (2^d - 1),), over the rows for which it was evaluated:
+        all rows for the nodes in `top`, the visiting rows for deeper ones, nan for a node that none visited."""
+        num_trees, known = self.top.shape[1:]
+        total = torch.full(
+            (num_trees, 2**self.depth - 1), torch.nan, dtype=torch.float32, device=self.top.device
+        )
+        total[:, :known] = _entropy(self.top).mean(0)
+        if self.node is not None:
+            node = self.node.transpose(0, 1).flatten(1)
+            entropy = _entropy(self.logit).transpose(0, 1).flatten(1)
+            zeros = torch.zeros_like(total)
+            mean = zeros.scatter_add(1, node, entropy) / zeros.scatter_add(1, node, torch.ones_like(entropy))
+            total[:, known:] = mean[:, known:]
+        return total.flatten()
+
+
+def _entropy(logit: Tensor) -> Tensor:
+    logit = logit.float()
+    return torch.nn.functional.softplus(-logit) + logit * torch.sigmoid(-logit)
+
+
 class Record(NamedTuple):
     """What one forward pass decided and what it costs beyond the task loss.
 
@@ -21,17 +55,21 @@ class Record(NamedTuple):
     losses: each raw (unweighted) auxiliary loss by name, (), detached.
     index: (T, K) the experts that the hard route chose for each row, -1 where a choice was dropped; detached.
     num_experts: E.
-    node_entropy: (N,) mean Bernoulli entropy of each tree node in nats over the rows that it saw
-        (nan for a node that no row reached); None for layers without a tree.
     backend: resolved name of the `expert_mlp` backend that ran.
+    tree: node logits of a tree; None for other layers.
     """
 
     aux_loss: Tensor
     losses: dict[str, Tensor]
     index: Tensor
     num_experts: int
-    node_entropy: Tensor | None
     backend: str
+    tree: TreeTrace | None = None
+
+    @property
+    def node_entropy(self) -> Tensor | None:
+        """Mean entropy of each tree node in nats, (N,), see `TreeTrace`; computed when asked for; None without a tree."""
+        return None if self.tree is None else self.tree.node_entropy()
 
     @property
     def load(self) -> Tensor:
@@ -80,6 +118,9 @@ class RoutedLayer(nn.Module, ABC):
     def size(self) -> Size:
         """Static cost of this layer."""
 
+    def update_bias(self) -> None:
+        """Move the decision biases by the last load; nothing where the layer has none."""
+
     def __getstate__(self) -> dict:
         # A record holds non-leaf tensors, which can be neither deep-copied nor pickled.
         return {**self.__dict__, "record": None}
@@ -112,6 +153,17 @@ def aux_loss(model: nn.Module) -> Tensor:
         return torch.stack([loss.to(losses[0]) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
+def update_biases(model: nn.Module) -> None:
+    """Loss-free balancing: let every layer of `model` that balances by decision biases move them by its last load.
+
+    Call it once after each optimiser step. It is not part of forward, so that recomputing a forward pass (activation
+    checkpointing) finds the biases as they were.
+    """
+    for module in model.modules():
+        if isinstance(module, RoutedLayer) and module.record is not None:
+            module.update_bias()
 
 
 @contextmanager

@@ -1,0 +1,26 @@
+"""Checks of constructor arguments; each error names the argument and its value."""
+
+from __future__ import annotations
+
+
+def check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer >= 1")
+
+
+def check_non_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name}={value!r} must be >= 0")
+
+
+def check_probability(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value!r} must lie in [0, 1]")
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is none of {list(choices)}")

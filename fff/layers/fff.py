@@ -1,0 +1,347 @@
+"""The fast feedforward layer: a binary tree of hyperplanes that sends each row to one small feedforward leaf.
+
+T rows, D input width, P parallel trees, d depth, E = P 2^d leaves, L leaf width, N = P (2^d - 1) nodes, K leaves per tree.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fff.layers.check import check_choice, check_non_negative, check_positive, check_probability
+from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
+from fff.layers.init import uniform_fan_in_
+from fff.ops import balance
+from fff.ops.activation import Activation, resolve_activation
+from fff.ops.expert_mlp import expert_mlp, resolve_backend
+from fff.ops.tree_route import (
+    DENSE_LEVELS,
+    Nodes,
+    Route,
+    additive_leaf_probability,
+    beam_route,
+    dense_logits,
+    hard_route,
+    leaf_probability,
+    path_log_probability,
+    path_logits,
+)
+
+Mode = Literal["soft", "straight_through", "gated"]
+SoftGate = Literal["sigmoid", "additive"]
+MAX_DEPTH = 15
+
+
+class FFF(RoutedLayer):
+    """Fast feedforward layer (Belcak & Wattenhofer 2023, arXiv 2308.14711), with hard and soft training.
+
+    in_features, leaf_width, out_features: D, L and O; out_features defaults to in_features.
+    depth: 0 .. 15; the tree has 2^depth leaves. Depth 0 is a dense layer of width L.
+    mode: how it trains, and with which weight the chosen leaf counts.
+        "soft" trains every leaf, weighted by the sigmoids on its path; evaluation runs the greedy leaf with weight 1.
+        "straight_through" runs the greedy leaf alone, its weight p / stop_gradient(p): 1 in value, with the gradient of
+        the path probability p. Training and evaluation forward are equal.
+        "gated" runs the greedy leaf with weight p in training and evaluation.
+        The two hard modes collapse to few leaves without a balance loss.
+    top_k: leaves per tree in hard routing, found by a beam of `beam_width` (default top_k) paths. Their weights are
+        p / sum(p) ("gated": p). 1 is the greedy leaf.
+    num_trees: parallel trees, whose outputs are added.
+    node_width: hidden units n of the node networks <D, n, 1>; 1 is a single hyperplane.
+    master_width: width of a dense leaf that sees every row; the output is then s * tree + (1 - s) * master with a
+        trainable s = sigmoid(master_mix) (arXiv 2405.16836).
+    soft_gate: "sigmoid", or "additive" for a softmax over leaves of signed node logits ("soft" mode only).
+    temperature: divides node logits in probabilities; decisions do not depend on it.
+    region_leak: probability with which a row takes the other child of a node, in training.
+    hardening_weight: times the mean entropy of the node decisions (all nodes when soft, those on the path when hard).
+    balance_weight: times `leaf_balance` when soft, times `path_balance` when hard; 1 each where leaves are used evenly.
+    node_balance_weight: times the per-node balance of soft decision trees, over the first 7 levels in hard modes.
+    bias_update_rate: > 0 balances by decision biases without a loss; call `fff.update_biases(model)` after each step.
+    soft_eval: evaluate the soft mixture instead of the hard route; `fff.soft_evaluation(model)` sets it for a while.
+
+    hardening_weight, balance_weight, node_balance_weight, temperature, region_leak, drop and soft_eval may be changed
+    between steps. A row with a nan goes left at every node whose logit is nan.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        leaf_width: int,
+        out_features: int | None = None,
+        *,
+        depth: int,
+        mode: Mode = "soft",
+        act_layer: Activation = "relu",
+        glu: bool = False,
+        bias: bool = True,
+        drop: float = 0.0,
+        top_k: int = 1,
+        beam_width: int | None = None,
+        num_trees: int = 1,
+        node_width: int = 1,
+        master_width: int = 0,
+        soft_gate: SoftGate = "sigmoid",
+        temperature: float = 1.0,
+        region_leak: float = 0.0,
+        hardening_weight: float = 0.0,
+        balance_weight: float = 0.0,
+        node_balance_weight: float = 0.0,
+        bias_update_rate: float = 0.0,
+        soft_eval: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        out_features = in_features if out_features is None else out_features
+        beam_width = top_k if beam_width is None else beam_width
+        check_positive(
+            in_features=in_features,
+            leaf_width=leaf_width,
+            out_features=out_features,
+            num_trees=num_trees,
+            node_width=node_width,
+            top_k=top_k,
+            beam_width=beam_width,
+        )
+        if not isinstance(depth, int) or not 0 <= depth <= MAX_DEPTH:
+            raise ValueError(f"depth={depth!r} must be an integer between 0 and {MAX_DEPTH}")
+        if top_k > 2**depth:
+            raise ValueError(f"top_k={top_k} exceeds the number of leaves of one tree, {2**depth}")
+        if beam_width < top_k:
+            raise ValueError(f"beam_width={beam_width} is smaller than top_k={top_k}")
+        check_choice("mode", mode, get_args(Mode))
+        check_choice("soft_gate", soft_gate, get_args(SoftGate))
+        if soft_gate == "additive" and mode != "soft":
+            raise ValueError(f"soft_gate='additive' normalises over all leaves and needs mode='soft', not {mode!r}")
+        check_probability(drop=drop, region_leak=region_leak)
+        check_non_negative(
+            master_width=master_width,
+            hardening_weight=hardening_weight,
+            balance_weight=balance_weight,
+            node_balance_weight=node_balance_weight,
+            bias_update_rate=bias_update_rate,
+        )
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature!r} must be > 0")
+        if backend not in ("auto", "reference"):
+            resolve_backend(backend, soft=backend == "dense", num_choices=None)
+        self.in_features, self.leaf_width, self.out_features, self.depth = in_features, leaf_width, out_features, depth
+        self.mode, self.soft_gate, self.soft_eval, self.backend = mode, soft_gate, soft_eval, backend
+        self.act, self.glu, self.drop = resolve_activation(act_layer), glu, drop
+        self.top_k, self.beam_width, self.num_trees = top_k, beam_width, num_trees
+        self.node_width, self.master_width = node_width, master_width
+        self.temperature, self.region_leak = temperature, region_leak
+        self.hardening_weight, self.balance_weight = hardening_weight, balance_weight
+        self.node_balance_weight, self.bias_update_rate = node_balance_weight, bias_update_rate
+
+        leaves, nodes = num_trees * 2**depth, num_trees * (2**depth - 1)
+        rows = leaf_width * (2 if glu else 1)
+        self.w_in = nn.Parameter(torch.empty(leaves, rows, in_features))
+        self.b_in = nn.Parameter(torch.empty(leaves, rows)) if bias else None
+        self.w_out = nn.Parameter(torch.empty(leaves, leaf_width, out_features))
+        self.b_out = nn.Parameter(torch.empty(leaves, out_features)) if bias else None
+        wide = (node_width,) if node_width > 1 else ()
+        self.node_weight = nn.Parameter(torch.empty(nodes, *wide, in_features))
+        self.node_bias = nn.Parameter(torch.empty(nodes, *wide)) if bias else None
+        self.node_out_weight = nn.Parameter(torch.empty(nodes, node_width)) if wide else None
+        self.node_out_bias = nn.Parameter(torch.empty(nodes)) if wide and bias else None
+        if master_width:
+            rows = master_width * (2 if glu else 1)
+            self.master_w_in = nn.Parameter(torch.empty(1, rows, in_features))
+            self.master_b_in = nn.Parameter(torch.empty(1, rows)) if bias else None
+            self.master_w_out = nn.Parameter(torch.empty(1, master_width, out_features))
+            self.master_b_out = nn.Parameter(torch.empty(1, out_features)) if bias else None
+            self.master_mix = nn.Parameter(torch.empty(()))
+        self.register_buffer("decision_bias", torch.zeros(nodes) if bias_update_rate > 0 else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(fan in), as `nn.Linear` and the authors' package; parallel trees share one fan-in."""
+        uniform_fan_in_(self.in_features, self.w_in, self.b_in, self.node_weight, self.node_bias)
+        uniform_fan_in_(self.leaf_width * self.num_trees, self.w_out, self.b_out)
+        uniform_fan_in_(self.node_width, self.node_out_weight, self.node_out_bias)
+        if self.master_width:
+            uniform_fan_in_(self.in_features, self.master_w_in, self.master_b_in)
+            uniform_fan_in_(self.master_width, self.master_w_out, self.master_b_out)
+            nn.init.constant_(self.master_mix, 0.5)
+        if self.decision_bias is not None:
+            self.decision_bias.zero_()
+
+    @property
+    def num_leaves(self) -> int:
+        return self.num_trees * 2**self.depth
+
+    @property
+    def size(self) -> Size:
+        """Nodes on the way count as evaluated once per row and path of the beam."""
+        visited = self.num_trees * sum(min(2**level, self.beam_width) for level in range(self.depth))
+        training_width = self.num_leaves * self.leaf_width + self.master_width
+        inference_width = self.num_trees * self.top_k * self.leaf_width + self.master_width
+        node_flops = 2 * self.in_features * self.node_width + (2 * self.node_width if self.node_width > 1 else 0)
+        leaf_flops = 2 * (self.in_features * (2 if self.glu else 1) + self.out_features)
+        return Size(
+            training_width,
+            inference_width,
+            training_width + self.num_trees * (2**self.depth - 1) * self.node_width,
+            inference_width + visited * self.node_width,
+            visited * node_flops + inference_width * leaf_flops,
+        )
+
+    def _nodes(self) -> Nodes:
+        def per_tree(parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else parameter.unflatten(0, (self.num_trees, -1 if self.depth else 0))
+
+        return Nodes(
+            per_tree(self.node_weight),
+            per_tree(self.node_bias),
+            per_tree(self.node_out_weight),
+            per_tree(self.node_out_bias),
+            self.act,
+        )
+
+    def _route(self, x: Tensor, nodes: Nodes, top: Tensor, leak: float) -> Route:
+        bias = None if self.decision_bias is None else self.decision_bias.view(self.num_trees, -1)
+        if self.beam_width == 1:
+            return hard_route(x, nodes, self.depth, top, decision_bias=bias, region_leak=leak)
+        return beam_route(
+            x, nodes, self.depth, top, top_k=self.top_k, beam_width=self.beam_width, decision_bias=bias
+        )
+
+    def _expert_index(self, leaf: Tensor) -> Tensor:
+        """(T, P, K) leaves within each tree -> (T, P K) leaves of the layer."""
+        if self.num_trees > 1:
+            leaf = leaf + torch.arange(self.num_trees, device=leaf.device).view(1, -1, 1) * 2**self.depth
+        return leaf.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows(x)
+        soft = self.mode == "soft" if self.training else self.soft_eval
+        nodes = self._nodes()
+        top = dense_logits(rows, nodes, self.depth if soft else min(self.depth, DENSE_LEVELS))
+        leak = self.region_leak if self.training else 0.0
+        # When soft, the leak swaps probabilities; the route that is counted stays that of the logits.
+        route = self._route(rows, nodes, top, 0.0 if soft else leak)
+        visited = None
+        if soft:
+            probability = self._leaf_probability(top, leak)
+            index, gate = None, probability.flatten(1)
+        else:
+            index = self._expert_index(route.leaf)
+            # Only these need the probability of the path; hard evaluation with one leaf per tree does not.
+            if self.training or self.mode == "gated" or self.top_k > 1:
+                visited = path_logits(rows, nodes, route.node, top)
+            gate = self._hard_gate(visited, route)
+        backend = resolve_backend(
+            "auto" if soft and self.backend != "reference" else self.backend,
+            soft=soft,
+            num_choices=None if soft or torch.compiler.is_compiling() else index.numel(),
+            exporting=torch.compiler.is_exporting(),
+        )
+        compute = partial(
+            expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0
+        )
+        y = compute(rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out, backend=backend)
+        if self.master_width:
+            master = compute(
+                rows, None, None, self.master_w_in, self.master_b_in, self.master_w_out, self.master_b_out
+            )
+            share = torch.sigmoid(self.master_mix).to(y.dtype)
+            y = share * y + (1 - share) * master
+        if not torch.compiler.is_exporting():
+            losses = {}
+            if self.training and self.depth:
+                losses = self._soft_losses(top, route, probability) if soft else self._hard_losses(top, visited, route)
+            self.record = self._record(losses, top, visited, route, backend)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _leaf_probability(self, logits: Tensor, leak: float) -> Tensor:
+        if self.soft_gate == "additive":
+            return additive_leaf_probability(logits, temperature=self.temperature)
+        return leaf_probability(logits, temperature=self.temperature, region_leak=leak)
+
+    def _hard_gate(self, visited: Tensor | None, route: Route) -> Tensor | None:
+        if visited is None:
+            return None
+        log_p = path_log_probability(visited, route.right, self.temperature)
+        if self.mode != "gated":
+            # p / stop_gradient(sum p): the weights add up to 1 and keep the gradient of each p; for one leaf the value
+            # is exactly 1, as exp(0) is.
+            log_p = log_p - log_p.logsumexp(-1, keepdim=True).detach()
+        return log_p.exp().flatten(1)
+
+    def _soft_losses(self, logits: Tensor, route: Route, probability: Tensor) -> dict[str, Tensor]:
+        losses = {}
+        if self.hardening_weight:
+            losses["hardening"] = balance.hardening_entropy(logits)
+        if self.balance_weight:
+            losses["balance"] = _mean_over_trees(
+                [balance.leaf_balance(probability[:, p], route.leaf[:, p]) for p in range(self.num_trees)]
+            )
+        if self.node_balance_weight:
+            losses["node_balance"] = _mean_over_trees(
+                [balance.node_balance(logits[:, p]) for p in range(self.num_trees)]
+            )
+        return losses
+
+    def _hard_losses(self, top: Tensor, visited: Tensor, route: Route) -> dict[str, Tensor]:
+        losses = {}
+        if self.hardening_weight:
+            losses["hardening"] = balance.hardening_entropy(visited)
+        if self.balance_weight:
+            child = 2 * route.node + 1 + route.right.to(torch.int64)
+            right = torch.sigmoid(visited / self.temperature)
+            losses["balance"] = _mean_over_trees(
+                [
+                    balance.path_balance(child[:, p].flatten(0, 1), right[:, p].flatten(0, 1), self.depth)
+                    for p in range(self.num_trees)
+                ]
+            )
+        if self.node_balance_weight:
+            losses["node_balance"] = _mean_over_trees([balance.node_balance(top[:, p]) for p in range(self.num_trees)])
+        return losses
+
+    def _record(
+        self, losses: dict[str, Tensor], top: Tensor, visited: Tensor | None, route: Route, backend: str
+    ) -> Record:
+        aux = top.new_zeros(())
+        for name, loss in losses.items():
+            aux = aux + getattr(self, f"{name}_weight") * loss
+        trace = TreeTrace(top.detach(), self.depth)
+        levels = (top.shape[2] + 1).bit_length() - 1
+        if visited is not None and self.depth > levels:
+            trace = TreeTrace(
+                top.detach(),
+                self.depth,
+                route.node[..., levels:].flatten(2),
+                visited.detach()[..., levels:].flatten(2),
+            )
+        raw = {name: loss.detach() for name, loss in losses.items()}
+        return Record(aux, raw, self._expert_index(route.leaf), self.num_leaves, backend, trace)
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Shift every node's decision by `bias_update_rate` towards the child that the last forward used less."""
+        if self.decision_bias is None or self.record is None:
+            return
+        rows = self.record.load.view(self.num_trees, -1)
+        steps = []
+        for level in reversed(range(self.depth)):
+            children = rows.unflatten(1, (2**level, 2, -1)).sum(-1)
+            steps.insert(0, (children[..., 0] - children[..., 1]).sign())
+        if steps:
+            self.decision_bias += self.bias_update_rate * torch.cat(steps, dim=1).flatten().to(self.decision_bias.dtype)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, leaf_width={self.leaf_width}, out_features={self.out_features}, "
+            f"depth={self.depth}, mode={self.mode!r}"
+        )
+        for name, default in (("num_trees", 1), ("top_k", 1), ("node_width", 1), ("master_width", 0)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+
+def _mean_over_trees(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).mean()
