@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """Balance and hardening losses: one function per published loss, each a scalar to be weighted and minimised.
 
 T rows, E experts (leaves), K chosen experts per row, N inner nodes of a binary tree in heap order, d levels.
@@ -68,7 +67,7 @@ def noisy_top_k_load(
 
 
 def switch(probability: Float[Tensor, "T E"], index: Int[Tensor, "T K"] | Int[Tensor, " T"]) -> Float[Tensor, ""]:
-    """E * sum_i f_i P_i, f_i the share of the choices that fell on i, P_i its mean probability; Fedus et al. 2022, eq. 4.
+    """E * sum_i f_i P_i, f_i share of the choices on i, P_i its mean probability; Fedus et al. 2022, eq. 4.
 
     1 where f or P is uniform, E where all rows go to one expert for sure. `index` should be the choice before a
     capacity dropped any; -1 entries do not count. With K > 1, f is still a share of all choices (sums to 1).
@@ -140,7 +139,7 @@ def node_balance(logits: Float[Tensor, "T N"], decay: float = 0.5) -> Float[Tens
 
 
 def hardening_entropy(
-    logits: Float[Tensor, "..."], reduction: Literal["mean", "sum"] = "mean"
+    logits: Float[Tensor, " *any"], reduction: Literal["mean", "sum"] = "mean"
 ) -> Float[Tensor, ""]:
     """Entropy in nats of the Bernoulli decisions with these logits; Belcak & Wattenhofer 2023, L_harden.
 
@@ -156,7 +155,9 @@ def hardening_entropy(
 
 
 @torch.no_grad()
-def bias_step(bias: Float[Tensor, " E"], load: Float[Tensor, " E"] | Int[Tensor, " E"], rate: float) -> Float[Tensor, " E"]:
+def bias_step(
+    bias: Float[Tensor, " E"], load: Float[Tensor, " E"] | Int[Tensor, " E"], rate: float
+) -> Float[Tensor, " E"]:
     """New routing bias, bias + rate * sign(mean load - load): overloaded experts become less likely to be chosen.
 
     Wang et al. 2024 (arXiv 2408.15664), algorithm 1; DeepSeek-V3, section 2.1.2.

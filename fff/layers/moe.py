@@ -1,0 +1,234 @@
+"""The mixture-of-experts layer: a flat router scores all experts and sends each row to the best few.
+
+T rows, D input width, O output width, E experts, L expert width, K chosen experts per row.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fff.layers.check import check_choice, check_non_negative, check_positive, check_probability
+from fff.layers.contract import Record, RoutedLayer, Size
+from fff.layers.init import uniform_fan_in_
+from fff.ops import balance, top_k_route
+from fff.ops.activation import Activation, resolve_activation
+from fff.ops.expert_mlp import expert_mlp, resolve_backend
+from fff.ops.top_k_route import TopKRoute
+
+Router = Literal["noisy_top_k", "switch", "mixtral", "soft", "sigmoid", "expert_choice"]
+
+
+class MoE(RoutedLayer):
+    """Mixture of two-layer experts behind a linear router; `fff.ops.top_k_route` defines each router.
+
+    in_features, expert_width, out_features: D, L and O; out_features defaults to in_features.
+    num_experts, top_k: E and K. "switch" takes K = 1 and "soft" K = E, for both None will do.
+    router: "noisy_top_k" (Shazeer et al. 2017; K = 1 gives the router no gradient from the task), "switch", "mixtral",
+        "soft", "sigmoid" (DeepSeek-V3), or "expert_choice", where each expert takes its ceil(K T / E) best rows of the
+        batch: outputs depend on the other rows, in evaluation as well.
+    capacity_factor: at most ceil(factor K T / E) rows per expert in training, choices beyond are dropped; evaluation
+        drops none. For "expert_choice" it scales the rows that each expert takes, also in evaluation. None is dropless.
+    importance_weight: times the squared variation of summed gates.  load_weight: times that of the smooth load
+        ("noisy_top_k" only).  balance_weight: times the Switch loss.  z_weight: times the router z-loss.
+    bias_update_rate: > 0 balances by decision biases without a loss ("sigmoid" only); call `fff.update_biases(model)`
+        after each step. The biases need more than bfloat16 has: train in bfloat16 by autocast.
+    jitter: half-width of the uniform noise around 1 that multiplies the router's input in training (Switch: 1e-2).
+    shared_width: width of a dense expert that sees every row with weight 1; 0 is none.
+
+    The four loss weights, bias_update_rate, top_k, capacity_factor, jitter and drop may be changed between steps.
+    Auxiliary losses and noise belong to training mode. The router decides in float32 where x is of half precision.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        expert_width: int,
+        out_features: int | None = None,
+        *,
+        num_experts: int,
+        top_k: int | None = 2,
+        router: Router = "noisy_top_k",
+        capacity_factor: float | None = None,
+        importance_weight: float = 0.0,
+        load_weight: float = 0.0,
+        balance_weight: float = 0.0,
+        z_weight: float = 0.0,
+        bias_update_rate: float = 0.0,
+        jitter: float = 0.0,
+        shared_width: int = 0,
+        act_layer: Activation = "relu",
+        glu: bool = False,
+        bias: bool = True,
+        drop: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        out_features = in_features if out_features is None else out_features
+        check_choice("router", router, get_args(Router))
+        check_positive(
+            in_features=in_features, expert_width=expert_width, out_features=out_features, num_experts=num_experts
+        )
+        only = {"switch": 1, "soft": num_experts}.get(router)
+        top_k = only if top_k is None and only is not None else top_k
+        check_positive(top_k=top_k)
+        if only is not None and top_k != only:
+            raise ValueError(f"top_k={top_k}, but router={router!r} with num_experts={num_experts} takes {only}")
+        if top_k > num_experts:
+            raise ValueError(f"top_k={top_k} exceeds num_experts={num_experts}")
+        check_non_negative(
+            importance_weight=importance_weight,
+            load_weight=load_weight,
+            balance_weight=balance_weight,
+            z_weight=z_weight,
+            bias_update_rate=bias_update_rate,
+            shared_width=shared_width,
+        )
+        check_probability(jitter=jitter, drop=drop)
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f"capacity_factor={capacity_factor!r} must be > 0 or None")
+        if capacity_factor is not None and router == "soft":
+            raise ValueError(f"capacity_factor={capacity_factor!r}, but router='soft' drops nothing")
+        if load_weight and router != "noisy_top_k":
+            raise ValueError(f"load_weight={load_weight!r} needs the noise of router='noisy_top_k', not {router!r}")
+        if bias_update_rate and router != "sigmoid":
+            raise ValueError(f"bias_update_rate={bias_update_rate!r} needs router='sigmoid', not {router!r}")
+        resolve_backend(backend, soft=router == "soft", num_choices=None)
+        self.in_features, self.expert_width, self.out_features = in_features, expert_width, out_features
+        self.num_experts, self.top_k, self.router, self.capacity_factor = num_experts, top_k, router, capacity_factor
+        self.importance_weight, self.load_weight = importance_weight, load_weight
+        self.balance_weight, self.z_weight = balance_weight, z_weight
+        self.bias_update_rate, self.jitter, self.shared_width = bias_update_rate, jitter, shared_width
+        self.act, self.glu, self.drop, self.backend = resolve_activation(act_layer), glu, drop, backend
+
+        self.gate_weight = nn.Parameter(torch.empty(num_experts, in_features))
+        noisy = router == "noisy_top_k"
+        self.noise_weight = nn.Parameter(torch.empty(num_experts, in_features)) if noisy else None
+        rows = expert_width * (2 if glu else 1)
+        self.w_in = nn.Parameter(torch.empty(num_experts, rows, in_features))
+        self.b_in = nn.Parameter(torch.empty(num_experts, rows)) if bias else None
+        self.w_out = nn.Parameter(torch.empty(num_experts, expert_width, out_features))
+        self.b_out = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+        if shared_width:
+            rows = shared_width * (2 if glu else 1)
+            self.shared_w_in = nn.Parameter(torch.empty(1, rows, in_features))
+            self.shared_b_in = nn.Parameter(torch.empty(1, rows)) if bias else None
+            self.shared_w_out = nn.Parameter(torch.empty(1, shared_width, out_features))
+            self.shared_b_out = nn.Parameter(torch.empty(1, out_features)) if bias else None
+        self.register_buffer("decision_bias", torch.zeros(num_experts) if router == "sigmoid" else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Experts uniform in +-1/sqrt(fan in), as `nn.Linear`. A router with noise starts at 0 (Shazeer et al. 2017,
+        appendix A): all experts equally likely. Without noise 0 would send every row to the same K: as the experts."""
+        if self.noise_weight is not None:
+            nn.init.zeros_(self.gate_weight)
+            nn.init.zeros_(self.noise_weight)
+        else:
+            uniform_fan_in_(self.in_features, self.gate_weight)
+        uniform_fan_in_(self.in_features, self.w_in, self.b_in)
+        uniform_fan_in_(self.expert_width, self.w_out, self.b_out)
+        if self.shared_width:
+            uniform_fan_in_(self.in_features, self.shared_w_in, self.shared_b_in)
+            uniform_fan_in_(self.shared_width, self.shared_w_out, self.shared_b_out)
+        if self.decision_bias is not None:
+            self.decision_bias.zero_()
+
+    @property
+    def size(self) -> Size:
+        """The router evaluates all E scores for every row; its noise, trained with it, is not counted."""
+        training_width = self.num_experts * self.expert_width + self.shared_width
+        inference_width = self.top_k * self.expert_width + self.shared_width
+        unit_flops = 2 * (self.in_features * (2 if self.glu else 1) + self.out_features)
+        return Size(
+            training_width,
+            inference_width,
+            training_width + self.num_experts,
+            inference_width + self.num_experts,
+            2 * self.in_features * self.num_experts + inference_width * unit_flops,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows(x)
+        soft = self.router == "soft"
+        route = chosen = self._route(rows)
+        if self.training and self.capacity_factor is not None and self.router != "expert_choice":
+            route = top_k_route.apply_capacity(chosen, self._capacity(rows, self.capacity_factor))
+        backend = resolve_backend(
+            self.backend,
+            soft=soft,
+            num_choices=None if torch.compiler.is_compiling() else route.index.numel(),
+            exporting=torch.compiler.is_exporting(),
+        )
+        compute = partial(
+            expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0
+        )
+        index, gate = None if soft else route.index, route.gate.to(rows.dtype)
+        y = compute(rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out, backend=backend)
+        if self.shared_width:
+            y = y + compute(
+                rows, None, None, self.shared_w_in, self.shared_b_in, self.shared_w_out, self.shared_b_out
+            )
+        if not torch.compiler.is_exporting():
+            # Losses see the choice as the router made it: dropped rows are what they should prevent.
+            losses = self._losses(chosen) if self.training else {}
+            aux = chosen.logits.new_zeros(())
+            for name, loss in losses.items():
+                aux = aux + getattr(self, f"{name}_weight") * loss
+            raw = {name: loss.detach() for name, loss in losses.items()}
+            self.record = Record(aux, raw, route.index, self.num_experts, backend)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _capacity(self, rows: Tensor, factor: float) -> int:
+        return math.ceil(factor * self.top_k * rows.shape[0] / self.num_experts)
+
+    def _route(self, rows: Tensor) -> TopKRoute:
+        routed = rows
+        if self.training and self.jitter:
+            routed = rows * torch.empty_like(rows).uniform_(1 - self.jitter, 1 + self.jitter)
+        logits = _at_least_float32(F.linear(routed, self.gate_weight))
+        if self.router == "noisy_top_k":
+            noise = _at_least_float32(F.linear(routed, self.noise_weight)) if self.training else None
+            return top_k_route.noisy_top_k(logits, self.top_k, noise, with_load=self.load_weight != 0)
+        if self.router == "mixtral":
+            return top_k_route.mixtral(logits, self.top_k)
+        if self.router == "sigmoid":
+            return top_k_route.sigmoid_bias(logits, self.top_k, self.decision_bias)
+        if self.router == "expert_choice":
+            return top_k_route.expert_choice(logits, self._capacity(rows, self.capacity_factor or 1.0))
+        return top_k_route.switch(logits) if self.router == "switch" else top_k_route.soft(logits)
+
+    def _losses(self, route: TopKRoute) -> dict[str, Tensor]:
+        losses = {}
+        if self.importance_weight:
+            losses["importance"] = balance.importance(route.full_gate)
+        if self.load_weight:
+            losses["load"] = balance.cv_squared(route.load)
+        if self.balance_weight:
+            losses["balance"] = balance.switch(route.probability, route.index)
+        if self.z_weight:
+            losses["z"] = balance.z_loss(route.logits)
+        return losses
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Shift the decision biases by `bias_update_rate` towards the experts that the last forward used less."""
+        if self.bias_update_rate and self.record is not None:
+            self.decision_bias.copy_(balance.bias_step(self.decision_bias, self.record.load, self.bias_update_rate))
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, expert_width={self.expert_width}, out_features={self.out_features}, "
+            f"num_experts={self.num_experts}, top_k={self.top_k}, router={self.router!r}, "
+            f"capacity_factor={self.capacity_factor}, shared_width={self.shared_width}, glu={self.glu}, "
+            f"bias={self.b_in is not None}, drop={self.drop}"
+        )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
