@@ -1,0 +1,5 @@
+"""Models built around a routed layer; they take `make_ff` and know only the layers' contract."""
+
+from fff.models.classifier import Classifier
+
+__all__ = ["Classifier"]

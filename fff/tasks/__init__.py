@@ -1,0 +1,7 @@
+"""Training tasks: loss, optimiser, and the protocol by which a run is measured. Needs lightning (`fff[train]`)."""
+
+from fff.tasks.callbacks import LayerSchedule, RandomState
+from fff.tasks.classification import Classification
+from fff.tasks.protocol import Protocol, evaluate
+
+__all__ = ["Classification", "LayerSchedule", "Protocol", "RandomState", "evaluate"]

@@ -1,0 +1,206 @@
+"""Classification: cross entropy plus the layers' auxiliary losses, measured by the MA/GA protocol."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
+
+from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
+from fff.tasks.callbacks import LayerSchedule, RandomState
+from fff.tasks.protocol import Protocol, backends, evaluate
+
+
+class Classification(LightningModule):
+    """Trains `model` on (x, y) batches; with `protocol_callbacks()` in the Trainer, `results` then measures the run.
+
+    optimizer: parameters -> Optimizer, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`. `fused=True` is
+        added where the optimiser and the parameters allow it and nothing else was asked for.
+    lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch; ReduceLROnPlateau gets the training accuracy
+        (give it `mode="max"`).
+    patience: epochs without a better training or validation accuracy after which training stops.
+    schedules: attribute of the layers -> points of its `LayerSchedule`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        optimizer: Callable[..., Optimizer],
+        lr_schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        label_smoothing: float = 0.0,
+        patience: int = 50,
+        schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
+        self.model = model
+        self.num_classes = num_classes
+        self.make_optimizer = optimizer
+        self.make_lr_schedule = lr_schedule
+        self.label_smoothing = label_smoothing
+        self.protocol = Protocol(patience)
+        self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
+        self._lr_schedule: LRScheduler | None = None
+        self._restored_lr_schedule: dict[str, Any] | None = None
+        self._loss_sums: dict[str, Tensor] = {}
+        self._rows = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        task_loss = F.cross_entropy(self.model(x), y, label_smoothing=self.label_smoothing)
+        auxiliary = aux_loss(self.model)
+        self._add("loss", task_loss, len(y))
+        self._add("aux_loss", auxiliary, len(y))
+        for _, record in routing(self.model):
+            for name, value in record.losses.items():
+                self._add(name, value, len(y))
+        self._rows += len(y)
+        return task_loss + auxiliary
+
+    def _add(self, name: str, value: Tensor, rows: int) -> None:
+        # Sums stay on the device: reading one in each step would wait for the accelerator, self.log costs 0.4 ms.
+        value = value.detach()
+        total = self._loss_sums.get(name)
+        self._loss_sums[name] = value * rows if total is None else total.add_(value, alpha=rows)
+
+    def pop_epoch_losses(self) -> dict[str, float]:
+        """Mean over the rows since the last call: "loss" is the task's, "aux_loss" the weighted auxiliary sum, the rest
+        each raw auxiliary loss summed over the layers."""
+        losses = {name: total.item() / self._rows for name, total in self._loss_sums.items()}
+        self._loss_sums, self._rows = {}, 0
+        return losses
+
+    def configure_optimizers(self) -> Optimizer:
+        optimizer = self.make_optimizer(self.model.parameters(), **self._fused())
+        if self.make_lr_schedule is not None:
+            self._lr_schedule = self.make_lr_schedule(optimizer)
+            if self._restored_lr_schedule is not None:
+                self._lr_schedule.load_state_dict(self._restored_lr_schedule)
+        return optimizer
+
+    def _fused(self) -> dict[str, bool]:
+        keywords = getattr(self.make_optimizer, "keywords", {})
+        known = "fused" in inspect.signature(self.make_optimizer).parameters
+        if not known or {"fused", "foreach", "differentiable"} & set(keywords):
+            return {}
+        # Under a gradient scaler a fused optimiser unscales by itself, and the Trainer then refuses to clip gradients.
+        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
+        allowed = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.model.parameters())
+        return {"fused": True} if allowed and not scaled else {}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        update_biases(self.model)
+
+    def on_train_epoch_end(self) -> None:
+        # Not given to the Trainer, which steps plateau schedulers after its checkpoint is written: a resumed run would
+        # miss one step.
+        if isinstance(self._lr_schedule, ReduceLROnPlateau):
+            self._lr_schedule.step(self.protocol.history["train_accuracy"][-1])
+        elif self._lr_schedule is not None:
+            self._lr_schedule.step()
+        if self._lr_schedule is not None:
+            self.log("lr", self._lr_schedule.get_last_lr()[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_losses"] = {"sums": self._loss_sums, "rows": self._rows}
+        if self._lr_schedule is not None:
+            checkpoint["lr_schedule"] = self._lr_schedule.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._loss_sums, self._rows = checkpoint["epoch_losses"]["sums"], checkpoint["epoch_losses"]["rows"]
+        self._restored_lr_schedule = checkpoint.get("lr_schedule")
+
+    def protocol_callbacks(self) -> list[Callback]:
+        # The protocol evaluates the validation rows itself, more cheaply and by the same code as all other rows.
+        warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
+        return [*self.schedules, self.protocol, RandomState()]
+
+    def results(self, data: LightningDataModule) -> dict[str, Any]:
+        """Metrics, history and backend of the finished run, all plain Python; looks at the test data once.
+
+        Leaves the model with the weights of the best validation accuracy. Of several routed layers the sizes, leaves
+        and loads are summed or chained, and the largest share is the largest of any. NaN becomes None.
+        """
+        protocol = self.protocol
+        if not protocol.history["epoch"]:
+            raise ValueError("results need a run of at least one epoch with protocol_callbacks() in the Trainer")
+        ma, ga = protocol.best["train"], protocol.best["val"]
+        # The Trainer leaves the model on the CPU.
+        self.model.to(self.trainer.strategy.root_device)
+
+        self._restore(ma.epoch, ma.weights)
+        ma_soft = evaluate(self.model, data.train_eval_dataloader(), soft=True).soft_accuracy
+        self._restore(ga.epoch, ga.weights)
+        report = MetricCollection(
+            {
+                "macro_f1": MulticlassF1Score(self.num_classes, average="macro"),
+                "calibration_error": MulticlassCalibrationError(self.num_classes),
+            }
+        ).to(next(self.model.parameters()).device)
+        # Weights that are not finite are a result of a diverged run, but torchmetrics takes only finite scores.
+        test = evaluate(
+            self.model,
+            data.test_dataloader(),
+            soft=True,
+            observe=lambda logits, y: report.update(logits.float().nan_to_num().softmax(-1), y),
+        )
+
+        layers = [layer for layer in self.model.modules() if isinstance(layer, RoutedLayer)]
+        sizes = {field: sum(getattr(layer.size, field) for layer in layers) for field in _SIZES}
+        entropy = test.node_entropy
+        metrics = {
+            "ma": ma.accuracy,
+            "ma_epochs": ma.epoch,
+            "ga": test.accuracy,
+            "ga_epochs": ga.epoch,
+            "val_accuracy": ga.accuracy,
+            "ga_soft": test.soft_accuracy,
+            "ma_soft": ma_soft,
+            "diverged": protocol.diverged,
+            "leaves_used": test.leaves_used,
+            "num_leaves": sum(len(usage.load) for usage in test.usage),
+            "largest_leaf_share": max((usage.load.max().item() / usage.rows for usage in test.usage), default=None),
+            "node_entropy": test.mean_node_entropy,
+            "nodes_below_0.10": None if entropy is None else (entropy < 0.10).double().mean().item(),
+            "leaf_load": [count for usage in test.usage for count in usage.load.tolist()],
+            **{name: value.item() for name, value in report.compute().items()},
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            **sizes,
+            "epochs": len(protocol.history["epoch"]),
+        }
+        trained, evaluated = protocol.training_backend, backends(self.model)
+        return {
+            "metrics": {name: _plain(value) for name, value in metrics.items()},
+            "history": {name: list(values) for name, values in protocol.history.items()},
+            "backend": trained if trained == evaluated else f"{trained} (training), {evaluated} (evaluation)",
+        }
+
+    def _restore(self, epoch: int, weights: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(weights)
+        # A scheduled temperature is no weight, but the accuracy of that epoch depended on it.
+        for schedule in self.schedules:
+            schedule.apply(self.model, epoch - 1)
+
+
+_SIZES = ("training_width", "inference_width", "training_size", "inference_size", "flops_per_row")
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,213 @@
+"""Memorisation and generalisation accuracy of one training run (FFF paper, section 3.1), and what is told with them.
+
+After each epoch the hard route is evaluated on all training rows and on the validation rows. Memorisation accuracy (MA)
+is the best training accuracy over the epochs; generalisation accuracy (GA) is the test accuracy of the weights with the
+best validation accuracy; the epochs (from 1) that reached them first are their ETT. Training stops when `patience`
+epochs in a row improved neither, and after a loss that is not finite.
+
+T rows, E experts, N tree nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from fff.layers.contract import RoutedLayer, routing, soft_evaluation
+
+HISTORY = ("epoch", "train_loss", "train_accuracy", "val_accuracy", "node_entropy", "leaves_used")
+
+
+class LayerUsage(NamedTuple):
+    """How one layer routed a set of rows.
+
+    rows: T, over all batches.
+    load: (E,) rows that the hard route sent to each expert.
+    node_entropy: (N,) mean Bernoulli entropy of each node in nats over the batches in which some row reached it, each
+        batch weighted by its rows (exact for a single batch); nan where no row came. None without a tree.
+    """
+
+    rows: int
+    load: Tensor
+    node_entropy: Tensor | None
+
+
+class Evaluation(NamedTuple):
+    """accuracy: of the hard route, 0..1.  soft_accuracy: of the soft mixture; None where it was not asked for or no
+    layer has one.  usage: one entry for each layer that ran."""
+
+    accuracy: float
+    soft_accuracy: float | None
+    usage: list[LayerUsage]
+
+    @property
+    def node_entropy(self) -> Tensor | None:
+        """Entropy of every node that a row reached, all layers in one vector; None where there is none."""
+        layers = [usage.node_entropy for usage in self.usage if usage.node_entropy is not None]
+        if not layers:
+            return None
+        entropy = torch.cat(layers)
+        entropy = entropy[~entropy.isnan()]
+        return entropy if len(entropy) else None
+
+    @property
+    def mean_node_entropy(self) -> float | None:
+        entropy = self.node_entropy
+        return None if entropy is None else entropy.mean().item()
+
+    @property
+    def leaves_used(self) -> int:
+        """Experts with at least one row, over all layers."""
+        return sum(int((usage.load > 0).sum()) for usage in self.usage)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    soft: bool = False,
+    observe: Callable[[Tensor, Tensor], Any] | None = None,
+) -> Evaluation:
+    """Accuracy and routing of `model` over (x, y) `batches`, in evaluation mode; every module's mode is put back.
+
+    soft: evaluate the soft mixture too.  observe: called with the logits of the hard route and the targets.
+    """
+    parameter = next(model.parameters())
+    soft = soft and any(isinstance(m, RoutedLayer) and hasattr(m, "soft_eval") for m in model.modules())
+    hits = torch.zeros((), dtype=torch.int64, device=parameter.device)
+    soft_hits = hits.clone()
+    rows = 0
+    records: dict[str, list] = {}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for x, y in batches:
+            x, y = x.to(parameter), y.to(parameter.device)
+            logits = model(x)
+            for name, record in routing(model):
+                records.setdefault(name, []).append((len(record.index), record.load, record.node_entropy))
+            hits += (logits.argmax(-1) == y).sum()
+            rows += len(y)
+            if observe is not None:
+                observe(logits, y)
+            if soft:
+                with soft_evaluation(model):
+                    soft_hits += (model(x).argmax(-1) == y).sum()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Evaluation(
+        accuracy=hits.item() / max(rows, 1),
+        soft_accuracy=soft_hits.item() / max(rows, 1) if soft else None,
+        usage=[_usage(batch_records) for batch_records in records.values()],
+    )
+
+
+def _usage(records: list[tuple[int, Tensor, Tensor | None]]) -> LayerUsage:
+    rows = sum(count for count, _, _ in records)
+    load = torch.stack([batch_load for _, batch_load, _ in records]).sum(0)
+    if records[0][2] is None:
+        return LayerUsage(rows, load, None)
+    entropy = torch.stack([batch_entropy for _, _, batch_entropy in records]).double()  # (batches, N)
+    weight = torch.tensor([count for count, _, _ in records], device=entropy.device, dtype=entropy.dtype)
+    weight = weight[:, None] * ~entropy.isnan()
+    return LayerUsage(rows, load, (entropy.nan_to_num() * weight).sum(0) / weight.sum(0))
+
+
+class Best:
+    """The first epoch with the highest accuracy so far, and a copy of the weights it had."""
+
+    def __init__(self) -> None:
+        self.accuracy = -math.inf
+        self.epoch = 0
+        self.weights: dict[str, Tensor] = {}
+
+    def offer(self, accuracy: float, epoch: int, model: nn.Module) -> None:
+        if accuracy > self.accuracy:
+            self.accuracy, self.epoch = accuracy, epoch
+            self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Protocol(Callback):
+    """Keeps the books of one run; `task.results` reads them. Everything is in the checkpoint.
+
+    The data module must give `train_eval_dataloader()` and `val_dataloader()`. The history's routing columns (mean
+    entropy of the visited nodes, experts in use) are those of the training rows.
+    """
+
+    def __init__(self, patience: int) -> None:
+        if patience < 1:
+            raise ValueError(f"patience={patience} must be at least 1 epoch")
+        self.patience = patience
+        self.history: dict[str, list] = {name: [] for name in HISTORY}
+        self.best = {"train": Best(), "val": Best()}
+        self.diverged = False
+        self.training_backend = ""
+
+    @property
+    def finished(self) -> bool:
+        last_gain = max(best.epoch for best in self.best.values())
+        return self.diverged or len(self.history["epoch"]) - last_gain >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": self.history,
+            "best": {name: vars(best) for name, best in self.best.items()},
+            "diverged": self.diverged,
+            "training_backend": self.training_backend,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+        for name, values in state_dict["best"].items():
+            vars(self.best[name]).update(values)
+        self.diverged = state_dict["diverged"]
+        self.training_backend = state_dict["training_backend"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule
+        if not hasattr(data, "train_eval_dataloader"):
+            raise ValueError(f"datamodule={data!r} of trainer.fit must have train_eval_dataloader()")
+        self._train_rows, self._val_rows = data.train_eval_dataloader(), data.val_dataloader()
+        # A run resumed from a checkpoint of its last epoch must not train one epoch more.
+        trainer.should_stop = trainer.should_stop or self.finished
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = pl_module.model
+        self.training_backend = backends(model)
+        losses = pl_module.pop_epoch_losses()
+        train, val = evaluate(model, self._train_rows), evaluate(model, self._val_rows)
+
+        epoch = len(self.history["epoch"]) + 1
+        self.best["train"].offer(train.accuracy, epoch, model)
+        self.best["val"].offer(val.accuracy, epoch, model)
+        self.diverged = not math.isfinite(losses["loss"] + losses["aux_loss"])
+        row = {
+            "epoch": epoch,
+            "train_loss": losses["loss"] if math.isfinite(losses["loss"]) else None,
+            "train_accuracy": train.accuracy,
+            "val_accuracy": val.accuracy,
+            "node_entropy": train.mean_node_entropy,
+            "leaves_used": train.leaves_used,
+        }
+        for name in HISTORY:
+            self.history[name].append(row[name])
+
+        pl_module.log_dict({f"train_{name}": value for name, value in losses.items()})
+        pl_module.log_dict({"train_accuracy": train.accuracy, "val_accuracy": val.accuracy}, prog_bar=True)
+        pl_module.log("leaves_used", float(train.leaves_used))
+        if row["node_entropy"] is not None:
+            pl_module.log("node_entropy", row["node_entropy"])
+        if self.finished:
+            trainer.should_stop = True
+
+
+def backends(model: nn.Module) -> str:
+    """Names of the `expert_mlp` backends that the last forward used, sorted."""
+    return ",".join(sorted({record.backend for _, record in routing(model)}))

@@ -1,0 +1,33 @@
+"""The classifier flattens its input and asks for a layer of the right widths."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import fff
+from fff.models import Classifier
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (1, 2, 6)])
+def test_logits_of_any_input_shape(shape):
+    model = Classifier(partial(fff.FeedForward, hidden_features=5), in_features=12, num_classes=3)
+    x = torch.randn(7, *shape)
+    assert torch.equal(model(x), model.ff(x.reshape(7, 12)))
+    assert model(x).shape == (7, 3)
+
+
+def test_empty_batch():
+    model = Classifier(partial(fff.FeedForward, hidden_features=5), in_features=12, num_classes=3)
+    assert model(torch.empty(0, 3, 4)).shape == (0, 3)
+
+
+def test_make_ff_is_called_by_the_convention():
+    calls = []
+
+    def make_ff(*args, **kwargs):
+        calls.append((args, kwargs))
+        return torch.nn.Identity()
+
+    Classifier(make_ff, 12, 3)
+    assert calls == [((12,), {"out_features": 3})]

@@ -1,0 +1,202 @@
+"""Loss, optimiser and schedules of the classification task."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.nn import functional as F
+
+import fff
+from fff.layers.contract import Record, RoutedLayer, Size
+from fff.models import Classifier
+from fff.tasks import Classification, LayerSchedule
+
+
+class Priced(RoutedLayer):
+    """Linear layer with the auxiliary loss 0.5 * price, whose gradient is 0.5 in each forward."""
+
+    def __init__(self, in_features, out_features, hardening_weight=0.0):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.linear = nn.Linear(in_features, out_features)
+        self.price = nn.Parameter(torch.zeros(()))
+        self.hardening_weight = hardening_weight
+
+        self.bias_updates = 0
+
+    @property
+    def size(self):
+        return Size(0, 0, 0, 0, 0)
+
+    def update_bias(self):
+        self.bias_updates += 1
+
+    def forward(self, x):
+        index = torch.zeros(len(x), 1, dtype=torch.int64)
+        self.record = Record(0.5 * self.price, {"price": self.price.detach()}, index, 1, "linear")
+        return self.linear(x)
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 4, generator=generator)
+    return x, torch.arange(24) % 5
+
+
+@pytest.fixture
+def data(tensor_data, rows):
+    return lambda batch_size=24: tensor_data(rows, rows, rows, batch_size=batch_size)
+
+
+def make_task(optimizer=None, **options):
+    torch.manual_seed(0)
+    return Classification(
+        Classifier(Priced, 4, 5),
+        num_classes=5,
+        optimizer=optimizer or partial(torch.optim.SGD, lr=1.0),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_auxiliary_loss_is_added_once(data, fit, accumulate):
+    task = make_task()
+    fit(task, data(24 // accumulate), max_epochs=1, accumulate_grad_batches=accumulate)
+    assert task.model.ff.price.item() == pytest.approx(-0.5)
+
+
+def test_one_step_is_that_of_the_plain_formula(data, fit, rows):
+    task = make_task(label_smoothing=0.2)
+    x, y = rows
+    linear = task.model.ff.linear
+    loss = F.cross_entropy(linear(x), y, label_smoothing=0.2)
+    expected = linear.weight - torch.autograd.grad(loss, linear.weight)[0]
+    fit(task, data(), max_epochs=1)
+    torch.testing.assert_close(linear.weight, expected)
+
+
+def test_task_loss_and_auxiliary_losses_are_logged_apart_and_weighted_by_rows(data, fit, rows):
+    task = make_task(optimizer=partial(torch.optim.SGD, lr=0.0))
+    task.model.ff.price.data.fill_(3.0)
+    x, y = rows
+    trainer = fit(task, data(batch_size=10), max_epochs=1)  # batches of 10, 10 and 4 rows
+    logged = trainer.callback_metrics
+    assert logged["train_loss"].item() == pytest.approx(F.cross_entropy(task.model(x), y).item(), rel=1e-5)
+    assert logged["train_aux_loss"].item() == pytest.approx(1.5)
+    assert logged["train_price"].item() == pytest.approx(3.0)
+    assert task.protocol.history["train_loss"] == [pytest.approx(logged["train_loss"].item())]
+    assert {"train_accuracy", "val_accuracy", "leaves_used"} <= set(logged)
+
+
+@pytest.mark.parametrize(("accumulate", "updates"), [(1, 8), (2, 4)])
+def test_decision_biases_move_after_each_optimiser_step(data, fit, accumulate, updates):
+    task = make_task()
+    fit(task, data(batch_size=6), max_epochs=2, accumulate_grad_batches=accumulate)
+    assert task.model.ff.bias_updates == updates
+
+
+def test_fused_only_where_it_is_safe():
+    def fused(optimizer, model=None):
+        task = Classification(model or Classifier(Priced, 4, 5), num_classes=5, optimizer=optimizer)
+        return task.configure_optimizers().param_groups[0].get("fused")
+
+    assert fused(partial(torch.optim.AdamW, lr=1e-3)) is True
+    assert fused(partial(torch.optim.SGD, lr=1e-3)) is True
+    assert fused(partial(torch.optim.AdamW, lr=1e-3, fused=False)) is False
+    assert not fused(partial(torch.optim.AdamW, lr=1e-3, foreach=True))
+    assert fused(partial(torch.optim.RMSprop, lr=1e-3)) is None
+    assert not fused(partial(torch.optim.AdamW, lr=1e-3), Classifier(Priced, 4, 5).to("meta"))
+
+
+def test_learning_rate_halves_on_a_plateau_of_the_training_accuracy(scripted, scripted_data, fit):
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+    accuracy = [0.1, 0.2, 0.2, 0.2, 0.2, 0.2]
+    task = Classification(
+        scripted(train=accuracy, val=accuracy[::-1], test=accuracy),
+        num_classes=5,
+        optimizer=partial(torch.optim.SGD, lr=0.8),
+        lr_schedule=partial(ReduceLROnPlateau, mode="max", factor=0.5, patience=1),
+    )
+    rates = []
+
+    class Rates(LayerSchedule):
+        def on_train_epoch_start(self, trainer, pl_module):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = fit(task, scripted_data(), max_epochs=6, callbacks=[Rates("any", [[0, 0]])])
+    # Gains in epochs 1 and 2; two epochs without one (3, 4) halve the rate for epoch 5.
+    assert rates == [0.8, 0.8, 0.8, 0.8, 0.4, 0.4]
+    assert trainer.callback_metrics["lr"].item() == pytest.approx(0.2)
+
+
+def test_other_schedulers_step_once_per_epoch(data, fit):
+    from torch.optim.lr_scheduler import StepLR
+
+    task = make_task(lr_schedule=partial(StepLR, step_size=1, gamma=0.1))
+    trainer = fit(task, data(batch_size=6), max_epochs=2)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_layer_schedule_is_linear_between_its_points_and_constant_outside():
+    schedule = LayerSchedule("hardening_weight", [[2, 1.0], [4, 3.0], [5, 0.0]])
+    assert [schedule.value(epoch) for epoch in range(7)] == [1.0, 1.0, 1.0, 2.0, 3.0, 0.0, 0.0]
+
+
+def test_layer_schedule_reaches_the_layers_before_the_first_step(data, fit):
+    seen = []
+    task = make_task(schedules={"hardening_weight": [[0, 0.0], [2, 3.0]]})
+    task.model.ff.register_forward_pre_hook(lambda layer, _: seen.append((layer.training, layer.hardening_weight)))
+    fit(task, data(), max_epochs=3)
+    assert [weight for training, weight in seen if training] == [0.0, 1.5, 3.0]
+
+
+def test_layer_schedule_of_an_attribute_that_no_layer_has(data, fit):
+    with pytest.raises(ValueError, match="hardning_weight"):
+        fit(make_task(schedules={"hardning_weight": [[0, 1.0]]}), data(), max_epochs=1)
+
+
+@pytest.mark.parametrize("points", [[], [[0, 1], [0, 2]], [[3, 1], [1, 2]], [[1]]])
+def test_layer_schedule_with_bad_points(points):
+    with pytest.raises(ValueError, match="schedule of 'temperature'"):
+        LayerSchedule("temperature", points)
+
+
+def test_data_without_training_rows_for_evaluation(data):
+    task, module = make_task(), data()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=task.protocol_callbacks(),
+    )
+    with pytest.raises(ValueError, match="train_eval_dataloader"):
+        trainer.fit(task, module.train_dataloader())
+
+
+def test_no_warning_about_the_missing_validation_step(data, fit, recwarn):
+    fit(make_task(), data(), max_epochs=1)
+    assert not [w for w in recwarn if "validation_step" in str(w.message)]
+
+
+def test_the_config_builds_the_task(rows, data, fit):
+    from pathlib import Path
+
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    conf = Path(__file__).parents[2] / "conf"
+    config = OmegaConf.load(conf / "task" / "classification.yaml")
+    config.schedules = {"temperature": [[0, 1.0], [2, 2.0]]}
+    make_model = instantiate(OmegaConf.load(conf / "model" / "classifier.yaml"))
+    model = make_model(make_ff=partial(fff.FFF, leaf_width=2, depth=2), in_features=4, num_classes=5)
+    task = instantiate(config)(model=model, num_classes=5)
+    module = data()
+    fit(task, module, max_epochs=2)
+    assert task.model.ff.temperature == pytest.approx(1.5)
+    assert task.results(module)["metrics"]["num_leaves"] == 4
