@@ -1,0 +1,63 @@
+# Everything happens in one virtual environment; `make help` lists the targets and their variables.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test clean
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+TORCH ?=
+# Shims of version managers may exist and yet not run, hence a call rather than a search in PATH.
+PY ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+  $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+  done)
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check install --quiet
+torch_lock := $(shell sed -n 's/^torch==//p' requirements.lock)
+
+help:
+	@echo "make demo    install, train five layers on the digits (CPU, minutes), print the table, draw the figures"
+	@echo "make test    install the development tools, run the tests"
+	@echo "make install only install, into $(VENV)"
+	@echo "make clean   remove $(VENV)"
+	@echo
+	@echo "Variables: PY=python3.12     interpreter, 3.11 or newer (found: $(PY))"
+	@echo "           TORCH=torch==2.13.0   which torch to install, in pip's words; default: the CPU build of $(torch_lock),"
+	@echo "                             or none where $(VENV) or PY already has a torch"
+	@echo "           VENV=.venv        where to install"
+
+$(python):
+	@test -n "$(PY)" || { echo "no Python >= 3.11 with venv found; name one: make PY=/path/to/python" >&2; exit 1; }
+	$(PY) -m venv $$($(PY) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+
+# torch first and alone, then the rest of the lock around it: so no later install swaps the build that was chosen.
+$(VENV)/constraints.txt: requirements.lock | $(python)
+ifneq ($(TORCH),)
+	$(pip) $(TORCH)
+else
+	@$(python) -c 'import torch' 2>/dev/null || { echo "installing the CPU build of torch $(torch_lock)"; \
+	  $(pip) torch==$(torch_lock)+cpu 2>/dev/null || \
+	  { $(pip) uv && $(python) -m uv pip install --quiet --python $(python) --torch-backend=cpu torch==$(torch_lock); } || \
+	  $(pip) torch==$(torch_lock); }
+endif
+	@{ grep -v -e '^torch==' -e '^triton==' requirements.lock; \
+	  $(python) -c 'import torch; print("torch==" + torch.__version__)'; } > $@
+
+$(VENV)/.train: pyproject.toml $(VENV)/constraints.txt
+	$(pip) -c $(VENV)/constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/constraints.txt
+	$(pip) -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.train
+
+install: $(VENV)/.train
+
+demo: $(VENV)/.train
+	$(python) -m experiments.train experiment=demo
+	$(python) -m experiments.tables demo
+
+test: $(VENV)/.dev
+	$(python) -m pytest -q
+
+clean:
+	rm -rf $(VENV)

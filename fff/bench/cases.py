@@ -1,0 +1,167 @@
+"""What is compared with what: each function returns the competitors of one case.
+
+D input width, O output width, L leaf width, d depth.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fff.bench.upstream import in_our_layout, missing_bias, upstream_copy
+from fff.layers.contract import aux_loss
+from fff.layers.fff import FFF
+
+# Weights of the losses as in the recipes of the studies: a training step pays for them too.
+HARDENING, BALANCE = 3.0, 0.1
+# Small, so that the weights and with them the routes stay what they were while steps are repeated.
+LEARNING_RATE = 1e-4
+
+
+class Candidate(NamedTuple):
+    """One competitor.
+
+    module: what runs; a layer of this library names its backend in the record.
+    run: the call that is timed.
+    outputs, expected: results of the same module, and what they must be, computed by the plainest code there is; None
+        for a competitor that computes another function by design, as a dense layer does.
+    """
+
+    module: nn.Module
+    run: Callable[[], object]
+    outputs: Callable[[], dict[str, Tensor]] | None = None
+    expected: Callable[[], dict[str, Tensor]] | None = None
+
+
+def soft_training(
+    *, in_features: int, out_features: int, leaf_width: int, depth: int, batch: int
+) -> dict[str, Candidate]:
+    """Soft training step with hardening loss: ours, upstream's, a dense layer of the same training width."""
+    data = _Data(batch, in_features, out_features)
+    layer = FFF(in_features, leaf_width, out_features, depth=depth, hardening_weight=HARDENING)
+    candidates = {
+        "fff_soft": _ours(layer, data),
+        "dense": Candidate(dense := _dense(in_features, leaf_width * 2**depth, out_features), data.step(dense)),
+    }
+    if find_spec("fastfeedforward"):
+        other = upstream_copy(layer)
+        plain = _reference(layer)
+        candidates["upstream"] = Candidate(
+            other,
+            data.step(other, _upstream_loss),
+            lambda: data.gradients(other, _upstream_loss, lambda: in_our_layout(other, grad=True)),
+            lambda: data.gradients(plain),
+        )
+    return candidates
+
+
+def hard_training(
+    *, in_features: int, out_features: int, leaf_width: int, depth: int, batch: int
+) -> dict[str, Candidate]:
+    """Straight-through training step with leaf balance, the soft one with hardening, and dense layers."""
+    data = _Data(batch, in_features, out_features)
+    hard = FFF(in_features, leaf_width, out_features, depth=depth, mode="straight_through", balance_weight=BALANCE)
+    soft = FFF(in_features, leaf_width, out_features, depth=depth, hardening_weight=HARDENING)
+    soft.load_state_dict(hard.state_dict())
+    return {
+        "fff_straight_through": _ours(hard, data),
+        "fff_soft": _ours(soft, data),
+        "dense": Candidate(dense := _dense(in_features, leaf_width * 2**depth, out_features), data.step(dense)),
+        "dense_leaf": Candidate(small := _dense(in_features, leaf_width, out_features), data.step(small)),
+    }
+
+
+def hard_inference(
+    *, in_features: int, out_features: int, leaf_width: int, depth: int, batch: int
+) -> dict[str, Candidate]:
+    """Hard evaluation: ours, upstream's, dense layers of the training width and of one leaf."""
+    data = _Data(batch, in_features, out_features)
+    layer = FFF(in_features, leaf_width, out_features, depth=depth).eval()
+    plain = _reference(layer)
+    dense = _dense(in_features, leaf_width * 2**depth, out_features)
+    small = _dense(in_features, leaf_width, out_features)
+    candidates = {
+        "fff_hard": Candidate(layer, data.evaluate(layer), lambda: data.output(layer), lambda: data.output(plain)),
+        "dense": Candidate(dense, data.evaluate(dense)),
+        "dense_leaf": Candidate(small, data.evaluate(small)),
+    }
+    if find_spec("fastfeedforward"):
+        other = upstream_copy(layer)
+        candidates["upstream"] = Candidate(
+            other,
+            data.evaluate(other),
+            lambda: {"y": data.output(other)["y"] + missing_bias(other, data.x)},
+            lambda: data.output(plain),
+        )
+    return candidates
+
+
+class _Data:
+    """Normal rows and targets, and what is done with them."""
+
+    def __init__(self, batch: int, in_features: int, out_features: int) -> None:
+        self.x = torch.randn(batch, in_features)
+        self.target = torch.randn(batch, out_features)
+
+    def loss(self, module: nn.Module) -> Tensor:
+        return F.mse_loss(module(self.x), self.target) + aux_loss(module)
+
+    def step(self, module: nn.Module, loss: Callable | None = None) -> Callable[[], None]:
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+        def run() -> None:
+            (loss(module, self) if loss else self.loss(module)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return run
+
+    def gradients(
+        self, module: nn.Module, loss: Callable | None = None, collect: Callable[[], dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """Loss and all gradients of one step, which takes no step."""
+        value = loss(module, self) if loss else self.loss(module)
+        value.backward()
+        found = collect() if collect else {name: p.grad for name, p in module.named_parameters()}
+        found = {"loss": value.detach()} | {name: grad.clone() for name, grad in found.items()}
+        module.zero_grad(set_to_none=True)
+        return found
+
+    def evaluate(self, module: nn.Module) -> Callable[[], Tensor]:
+        module.eval()
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return module(self.x)
+
+        return run
+
+    def output(self, module: nn.Module) -> dict[str, Tensor]:
+        return {"y": self.evaluate(module)()}
+
+
+def _ours(layer: FFF, data: _Data) -> Candidate:
+    plain = _reference(layer)
+    return Candidate(layer, data.step(layer), lambda: data.gradients(layer), lambda: data.gradients(plain))
+
+
+def _reference(layer: FFF) -> FFF:
+    plain = copy.deepcopy(layer)
+    plain.backend = "reference"
+    return plain
+
+
+def _dense(in_features: int, hidden_features: int, out_features: int) -> nn.Module:
+    """What a user would otherwise write; not `fff.FeedForward`, so that no flaw of ours is on both sides of a ratio."""
+    return nn.Sequential(nn.Linear(in_features, hidden_features), nn.ReLU(), nn.Linear(hidden_features, out_features))
+
+
+def _upstream_loss(module: nn.Module, data: _Data) -> Tensor:
+    y, entropy = module(data.x, return_entropies=True)
+    return F.mse_loss(y, data.target) + HARDENING * entropy.mean()

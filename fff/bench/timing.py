@@ -1,0 +1,70 @@
+"""Time of callables that compete in one run on one machine."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+
+class Spread(NamedTuple):
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    if len(samples) < 2:
+        return Spread(samples[0], samples[0], samples[0])
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
+    """Spread of the ratios of samples taken in the same round, in which a slow phase of the machine cancels."""
+    return spread([n / d for n, d in zip(numerator, denominator, strict=True)])
+
+
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    min_sample_s: float = 0.05,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds per call of each competitor, one sample per round.
+
+    Every round measures every competitor once, starting with another one each time, so that none always runs behind the
+    same neighbour's caches. A sample lasts at least `min_sample_s`: short calls are repeated within it.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be >= 1")
+    repeats = {}
+    for name, call in calls.items():
+        call()  # allocations and lazy initialisation
+        start = clock()
+        call()
+        repeats[name] = max(1, math.ceil(min_sample_s / max(clock() - start, 1e-9)))
+    order = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds if order else 0):
+            shift = turn % len(order)
+            for name in order[shift:] + order[:shift]:
+                call, count = calls[name], repeats[name]
+                start = clock()
+                for _ in range(count):
+                    call()
+                samples[name].append((clock() - start) / count)
+    finally:
+        if collecting:
+            gc.enable()
+    return samples

@@ -1,0 +1,105 @@
+"""No time without equal outputs; and the suites run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fff.bench.cases import Candidate, hard_inference, hard_training, soft_training
+from fff.bench.suite import agrees, markdown, max_error, run_case
+
+SMALL = dict(in_features=12, out_features=5, leaf_width=3, depth=3, batch=17)
+QUICK = dict(rounds=2, min_sample_s=0.0)
+
+
+def upstream_or_skip():
+    pytest.importorskip("fastfeedforward")
+
+
+@pytest.mark.parametrize("make", [soft_training, hard_training, hard_inference])
+def test_cases_agree_with_their_references(make):
+    upstream_or_skip()
+    torch.manual_seed(0)
+    case = run_case(make(**SMALL), **QUICK)
+    checked = {name for name, row in case["rows"].items() if row["agrees"]}
+    assert checked == {name for name in case["rows"] if not name.startswith("dense")}
+    for row in case["rows"].values():
+        assert row["median_s"] > 0 and row["peak_bytes"] > 0 and row["flops"] > 0
+    assert agrees({"case": case})
+
+
+@pytest.mark.parametrize("make", [soft_training, hard_inference])
+@pytest.mark.parametrize("parameter", ["b_in", "b_out", "w_out", "node_weight"])
+def test_a_wrong_parameter_is_never_timed(make, parameter):
+    torch.manual_seed(0)
+    candidates = make(**SMALL)
+    name = next(name for name in candidates if name.startswith("fff"))
+    module = candidates[name].module
+    with torch.no_grad():
+        getattr(module, parameter).neg_()
+    target = {"quantity": "time", "of": name, "over": "dense", "at_most": 1e9}
+    case = run_case(candidates, [target], **QUICK)
+    assert case["rows"][name]["agrees"] is False and "median_s" not in case["rows"][name]
+    assert case["ratios"][0]["median"] is None and case["ratios"][0]["met"] is None
+    assert not agrees({"case": case})
+    table = markdown({"case": case})
+    assert "outputs differ" in table and "not measured" in table
+
+
+def test_upstream_without_its_missing_bias_is_refused():
+    """The correction is what makes the two equal, so that the comparison does compare."""
+    upstream_or_skip()
+    torch.manual_seed(0)
+    candidates = hard_inference(**SMALL)
+    honest = candidates["upstream"]
+    x = torch.randn(9, SMALL["in_features"])
+    lazy = honest._replace(
+        outputs=lambda: {"y": honest.module(x)}, expected=lambda: {"y": candidates["fff_hard"].module(x)}
+    )
+    assert run_case({"upstream": lazy}, **QUICK)["rows"]["upstream"]["agrees"] is False
+
+
+def test_max_error_is_relative_to_each_tensor():
+    large, small = torch.tensor([100.0, 0.0]), torch.tensor([1e-3, 0.0])
+    expected = {"large": large, "small": small}
+    assert max_error({"large": large + 1e-3, "small": small}, expected) == pytest.approx(1e-5, rel=1e-2)
+    assert max_error({"large": large, "small": small + 1e-3}, expected) == pytest.approx(1.0)
+    assert max_error({"large": large}, expected) == float("inf")
+    assert max_error({"large": large * torch.nan, "small": small}, expected) == float("inf")
+    assert max_error({"large": large[:1], "small": small}, expected) == float("inf")
+
+
+def test_targets_are_judged_by_their_bound():
+    module = nn.Linear(4, 4)
+    x = torch.randn(3, 4)
+    candidates = {"one": Candidate(module, lambda: module(x)), "same": Candidate(module, lambda: module(x))}
+    targets = [
+        {"quantity": "memory", "of": "one", "over": "same", "at_most": 1.0},
+        {"quantity": "memory", "of": "one", "over": "same", "at_least": 1.5},
+        {"quantity": "time", "of": "one", "over": "absent", "at_least": 1.0},
+    ]
+    ratios = run_case(candidates, targets, **QUICK)["ratios"]
+    assert [entry["met"] for entry in ratios] == [True, False, None]
+    with pytest.raises(ValueError, match="quantity='speed'"):
+        run_case(candidates, [{"quantity": "speed", "of": "one", "over": "same", "at_most": 1}], **QUICK)
+
+
+@pytest.mark.parametrize("suite", ["training", "inference"])
+def test_command_writes_a_record_of_every_suite(suite, tmp_path, capsys):
+    """The configured suites at toy sizes: same cases, same targets."""
+    hydra = pytest.importorskip("hydra")
+    from experiments.bench import CONFIGS, run
+
+    overrides = [f"suite={suite}", f"out={tmp_path}", "rounds=1", "min_sample_s=0"]
+    with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=overrides)
+        for case in cfg.suite.cases.values():
+            case.build.update(SMALL)
+        assert run(cfg)
+    record = json.loads(Path(tmp_path / f"{suite}.json").read_text())
+    assert record["config"]["threads"] == 1 and record["hardware"]["cpu"] and record["versions"]["torch"]
+    assert set(record["cases"]) == set(cfg.suite.cases)
+    targets = sum(len(case.targets) for case in cfg.suite.cases.values())
+    assert capsys.readouterr().out.count(" / ") == targets

@@ -1,0 +1,66 @@
+"""Timing on a clock that the test turns by hand."""
+
+import gc
+
+import pytest
+
+from fff.bench.timing import ratio, spread, time_interleaved
+
+
+class Clock:
+    """Time passes only when a call spends it."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def __call__(self):
+        return self.now
+
+    def spend(self, name, seconds):
+        def call():
+            self.calls.append(name)
+            self.now += seconds
+
+        return call
+
+
+def test_every_round_measures_every_competitor_in_turn():
+    clock = Clock()
+    calls = {"a": clock.spend("a", 1.0), "b": clock.spend("b", 2.0), "c": clock.spend("c", 4.0)}
+    samples = time_interleaved(calls, rounds=3, min_sample_s=0.1, clock=clock)
+    assert samples == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
+    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab"
+
+
+def test_short_calls_are_repeated_within_a_sample():
+    clock = Clock()
+    samples = time_interleaved({"a": clock.spend("a", 0.25)}, rounds=2, min_sample_s=1.0, clock=clock)
+    assert samples == {"a": [0.25, 0.25]}
+    assert len(clock.calls) == 2 + 2 * 4
+
+
+def test_a_slow_phase_of_the_machine_cancels_in_the_ratio():
+    assert ratio([10.0, 20.0, 90.0], [5.0, 10.0, 45.0]) == (2.0, 2.0, 2.0)
+
+
+def test_spread_is_median_and_quartiles():
+    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == (3.0, 2.0, 4.0)
+    assert spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_no_rounds_is_an_error():
+    with pytest.raises(ValueError, match="rounds=0"):
+        time_interleaved({"a": lambda: None}, rounds=0)
+
+
+def test_garbage_collection_is_off_while_timing_and_back_after_an_error():
+    def fail():
+        raise RuntimeError
+
+    seen = []
+    time_interleaved({"a": lambda: seen.append(gc.isenabled())}, rounds=1, min_sample_s=0)
+    assert seen == [True, True, False]
+    with pytest.raises(RuntimeError):
+        time_interleaved({"a": fail})
+    assert gc.isenabled()
