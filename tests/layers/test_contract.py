@@ -1,0 +1,227 @@
+"""What every layer under conf/layer keeps, whichever layers there are."""
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import fff
+from experiments.config import register
+from fff.layers.contract import RoutedLayer
+
+CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "layer").glob("*.yaml"))
+VARIANTS = [
+    *((path.stem, {}) for path in CONFIGS),
+    ("fff", {"mode": "straight_through"}),
+    ("fff", {"mode": "gated", "num_trees": 2}),
+    ("fff", {"mode": "straight_through", "top_k": 2, "depth": 3}),
+    ("fff", {"mode": "straight_through", "depth": 9, "leaf_width": 2}),
+    ("fff", {"master_width": 3, "depth": 2}),
+    ("ultra_fff", {"depth": 8, "num_trees": 2}),
+]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: "-".join([v[0], *(f"{k}={x}" for k, x in v[1].items())]))
+def make(request):
+    """make(in_features, out_features) builds one layer as a model would."""
+    register()
+    name, options = request.param
+    file = next(path for path in CONFIGS if path.stem == name)
+    helpers = OmegaConf.create({"width": 32, "leaf_width": 4})
+    node = OmegaConf.merge(helpers, {"layer": OmegaConf.merge(OmegaConf.load(file), options)}).layer
+    return lambda d=6, o=5: instantiate(node)(d, out_features=o)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_any_leading_shape_contiguous_or_not(make, training):
+    layer = make().eval()
+    x = torch.randn(12, 6)
+    flat = layer(x)
+    assert flat.shape == (12, 5) and isinstance(layer, RoutedLayer)
+    torch.testing.assert_close(layer(x.view(3, 2, 2, 6)), flat.view(3, 2, 2, 5))
+    torch.testing.assert_close(layer(x.T.contiguous().T), flat)
+    torch.testing.assert_close(layer(x.repeat(1, 2)[:, ::1][:, :6]), flat)
+    layer.train(training)
+    assert layer(x[0]).shape == (5,)
+    for empty in (x[:0], x.view(12, 1, 6)[:, :0]):
+        y = layer(empty)
+        assert y.shape == (*empty.shape[:-1], 5)
+        y.sum().backward()
+        assert layer.record.load.sum() == 0
+        assert fff.aux_loss(layer).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_is_kept_forward_and_backward(make, dtype):
+    layer = make().to(dtype)
+    for training in (True, False):
+        x = torch.randn(9, 6, dtype=dtype, requires_grad=True)
+        y = layer.train(training)(x)
+        (y.float().square().sum() + fff.aux_loss(layer).float()).backward()
+        assert y.dtype == x.grad.dtype == dtype
+        assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_same_width_by_default_and_other_widths(make):
+    assert make(6, None)(torch.randn(3, 6)).shape == (3, 6)
+    assert make(3, 17)(torch.randn(4, 3)).shape == (4, 17)
+
+
+def test_record(make):
+    layer = make()
+    assert layer.record is None
+    for training in (True, False):
+        layer.train(training)(torch.randn(2, 7, 6))
+        record = layer.record
+        assert record.load.shape == (record.num_experts,) and record.load.dtype == torch.int64
+        assert record.load.sum() == (record.index >= 0).sum() and record.index.shape[0] == 14
+        assert record.aux_loss.shape == () and not record.index.requires_grad
+        assert isinstance(record.backend, str) and record.backend != "auto"
+        if record.tree is not None:
+            assert ((record.node_entropy >= 0) | record.node_entropy.isnan()).all()
+    before = layer.record
+    layer(torch.randn(3, 6))
+    assert layer.record is not before and layer.record.index.shape[0] == 3
+
+
+def test_aux_loss_and_routing_see_each_layer_once(make):
+    layer = make()
+    model = torch.nn.ModuleDict({"a": layer, "again": layer, "b": make()})
+    assert fff.aux_loss(model) == 0 and not list(fff.routing(model))
+    model["a"](torch.randn(4, 6)), model["b"](torch.randn(4, 6))
+    names = [name for name, _ in fff.routing(model)]
+    assert names == ["a", "b"]
+    expected = model["a"].record.aux_loss + model["b"].record.aux_loss
+    torch.testing.assert_close(fff.aux_loss(model), expected)
+
+
+def test_no_grad_and_gradient_accumulation(make):
+    layer = make()
+    with torch.no_grad():
+        layer(torch.randn(4, 6))
+    assert not fff.aux_loss(layer).requires_grad
+    for _ in range(2):  # each micro-batch has its own record and its own backward pass
+        (layer(torch.randn(4, 6)).sum() + fff.aux_loss(layer)).backward()
+
+
+def test_activation_checkpointing_gives_the_same_gradients(make):
+    x = torch.randn(16, 6)
+    layer = make()
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(3)
+        layer.zero_grad()
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        (y.square().sum() + fff.aux_loss(layer)).backward()
+        gradients.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_copies_and_pickles_after_a_forward_pass(make):
+    layer = make()
+    layer(torch.randn(4, 6)).sum().backward()
+    twin = copy.deepcopy(layer)
+    assert twin.record is None and layer.record is not None
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(loaded.eval()(x), layer.eval()(x))
+    torch.testing.assert_close(twin.eval()(x), layer(x))
+
+
+def test_reset_parameters_and_reproducible_construction(make):
+    torch.manual_seed(5)
+    first = make()
+    torch.manual_seed(5)
+    second = make()
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    torch.manual_seed(6)
+    first.reset_parameters()
+    assert not torch.equal(first.w_in, second.w_in)
+
+
+def test_sizes(make):
+    size = make().size
+    assert 0 < size.inference_width <= size.training_width <= size.training_size
+    assert size.inference_width <= size.inference_size <= size.training_size and size.flops_per_row > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_as_one_graph(make, training):
+    layer = make().train(training)
+    x = torch.randn(9, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    y = compiled(x)
+    index = layer.record.index
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, layer(x))
+    assert torch.equal(index, layer.record.index)
+    (compiled(torch.randn(5, 6)).sum() + fff.aux_loss(layer)).backward()
+
+
+def test_exports_with_a_dynamic_batch(make):
+    layer = make().eval()
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(4, 6),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+        for rows in (1, 3, 50):
+            x = torch.randn(rows, 6)
+            torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_nan_rows_harm_themselves_alone(make):
+    layer = make().eval()
+    x = torch.randn(5, 6)
+    clean = layer(x)
+    x[2] = torch.nan
+    y = layer(x)
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(y[others], clean[others])
+
+
+def test_bad_input_is_named(make):
+    layer = make()
+    with pytest.raises(ValueError, match=r"\(3, 7\).*in_features=6"):
+        layer(torch.randn(3, 7))
+    with pytest.raises(ValueError, match="torch.int64"):
+        layer(torch.ones(3, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="in_features=0"):
+        make(0)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"depth": -1}, "depth=-1"),
+        ({"depth": 16}, "depth=16"),
+        ({"leaf_width": 0}, "leaf_width=0"),
+        ({"top_k": 9}, "top_k=9"),
+        ({"top_k": 2, "beam_width": 1}, "beam_width=1"),
+        ({"mode": "hard"}, "mode='hard'"),
+        ({"drop": 1.5}, "drop=1.5"),
+        ({"region_leak": -0.1}, "region_leak=-0.1"),
+        ({"balance_weight": -1.0}, "balance_weight=-1.0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"act_layer": "rellu"}, "activation='rellu'"),
+        ({"soft_gate": "additive", "mode": "gated"}, "soft_gate='additive'"),
+    ],
+)
+def test_fff_names_bad_arguments(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        fff.FFF(6, **{"leaf_width": 4, "depth": 3, **arguments})
+
+
+@pytest.mark.parametrize("build", [lambda: fff.FeedForward(6, 0), lambda: fff.UltraFFF(6, depth=16)])
+def test_other_layers_name_bad_arguments(build):
+    with pytest.raises(ValueError, match="hidden_features=0|depth=16"):
+        build()

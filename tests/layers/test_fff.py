@@ -1,0 +1,271 @@
+"""The fast feedforward layer: its modes equal one another where they must, and every gradient is right."""
+
+import pytest
+import torch
+
+from fff import FFF, FeedForward, UltraFFF, aux_loss, soft_evaluation, update_biases
+from fff.ops.tree_route import leaf_probability
+
+VARIANTS = {
+    "soft": {},
+    "straight_through": {"mode": "straight_through"},
+    "gated": {"mode": "gated"},
+    "additive": {"soft_gate": "additive"},
+    "no bias": {"bias": False},
+    "glu": {"glu": True, "mode": "gated", "act_layer": "silu"},
+    "wide nodes": {"node_width": 3, "mode": "straight_through"},
+    "two leaves": {"top_k": 2, "mode": "straight_through"},
+    "two gated leaves, wide beam": {"top_k": 2, "beam_width": 4, "mode": "gated"},
+    "three trees": {"num_trees": 3, "mode": "straight_through"},
+    "three soft trees": {"num_trees": 3},
+    "master leaf": {"master_width": 2},
+    "master leaf, gated": {"master_width": 2, "mode": "gated"},
+    "bias balancing": {"bias_update_rate": 0.1, "mode": "straight_through"},
+    "deep": {"depth": 9, "mode": "straight_through"},
+    "deep wide nodes": {"depth": 8, "mode": "gated", "node_width": 2},
+}
+WEIGHTS = {"hardening_weight": 0.5, "balance_weight": 0.3, "node_balance_weight": 0.2}
+
+
+def build(variant, **kwargs):
+    return FFF(6, 2, 4, **{"depth": 3, **VARIANTS[variant], **kwargs}).double()
+
+
+def rows(count, requires_grad=False):
+    return torch.randn(count, 6, dtype=torch.float64, requires_grad=requires_grad)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "deep" not in v])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_of_output_and_losses(variant, training):
+    layer = build(variant, **WEIGHTS).train(training)
+    x = rows(4, requires_grad=True)
+    names, parameters = zip(*((n, p) for n, p in layer.named_parameters() if p.numel()), strict=True)
+
+    def run(x, *values):
+        y = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+        return (y, layer.record.aux_loss)
+
+    # The value of p / stop_gradient(p) is constant: finite differences see the leaves' part alone. That of the nodes is
+    # held against the formula in the next test.
+    if layer.mode == "straight_through" and (training or layer.top_k > 1):
+        parameters = [p.detach() if n.startswith("node") else p for n, p in zip(names, parameters, strict=True)]
+        x = x.detach()
+        assert torch.autograd.gradcheck(lambda *values: run(x, *values)[0], parameters)
+    else:
+        assert torch.autograd.gradcheck(run, (x, *parameters))
+
+
+@pytest.mark.parametrize("variant", ["straight_through", "wide nodes", "three trees", "master leaf"])
+def test_straight_through_gradient_is_that_of_p_times_the_constant_output(variant):
+    """d/dnode of p / sg(p) * y equals d/dnode of log p * y, here built from the soft probabilities of all leaves."""
+    layer = build(variant, mode="straight_through", master_width=0)
+    x, readout = rows(7), torch.randn(7, 4, dtype=torch.float64)
+    nodes = [p for n, p in layer.named_parameters() if n.startswith("node")]
+    actual = torch.autograd.grad((layer(x) * readout).sum(), nodes)
+
+    from fff.ops.tree_route import dense_logits
+
+    leaf = layer.record.index.view(7, layer.num_trees) - torch.arange(layer.num_trees) * 8
+    probability = leaf_probability(dense_logits(x, layer._nodes(), 3))
+    chosen = probability.gather(2, leaf.unsqueeze(-1)).squeeze(-1)
+    outputs = []
+    for t in range(layer.num_trees):
+        e = layer.record.index[:, t]
+        hidden = torch.relu(torch.einsum("td,tld->tl", x, layer.w_in[e]) + layer.b_in[e])
+        outputs.append(((torch.einsum("tl,tlo->to", hidden, layer.w_out[e]) + layer.b_out[e]) * readout).sum(-1))
+    expected = torch.autograd.grad((chosen.log() * torch.stack(outputs, 1).detach()).sum(), nodes)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "mode" in VARIANTS[v]])
+def test_hard_training_output_equals_evaluation_output(variant):
+    layer, x = build(variant), rows(33)
+    training = layer(x)
+    torch.testing.assert_close(training, layer.eval()(x), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("variant", ["soft", "three soft trees", "master leaf", "no bias"])
+def test_soft_output_tends_to_the_hard_one_as_logits_grow(variant):
+    layer, x = build(variant), rows(33)
+    gaps = []
+    for _ in range(3):
+        with torch.no_grad():
+            for name in ("node_weight", "node_bias"):
+                if getattr(layer, name) is not None:
+                    getattr(layer, name).mul_(100)
+            gaps.append((layer.train()(x) - layer.eval()(x)).abs().max().item())
+    assert gaps[0] > 1e-9 and gaps[-1] < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "gated"])
+def test_depth_0_is_a_dense_layer(mode):
+    tree, dense = FFF(6, 5, 4, depth=0, mode=mode).double(), FeedForward(6, 5, 4).double()
+    missing = dense.load_state_dict({k: v for k, v in tree.state_dict().items() if not k.startswith("node")})
+    assert not missing.missing_keys
+    x = rows(9)
+    for training in (True, False):
+        torch.testing.assert_close(tree.train(training)(x), dense(x))
+
+
+def test_all_zero_nodes_weigh_all_leaves_alike():
+    """FFF paper, section 3: with node weights 0 a soft tree is one wide layer up to a rescaling by 2^-d."""
+    layer = build("soft")
+    with torch.no_grad():
+        layer.node_weight.zero_(), layer.node_bias.zero_()
+    wide = FeedForward(6, 16, 4).double()
+    with torch.no_grad():
+        wide.w_in.copy_(layer.w_in.flatten(0, 1)[None]), wide.b_in.copy_(layer.b_in.flatten()[None])
+        wide.w_out.copy_(layer.w_out.flatten(0, 1)[None] / 8), wide.b_out.copy_(layer.b_out.mean(0, keepdim=True))
+    x = rows(5)
+    torch.testing.assert_close(layer(x), wide(x))
+
+
+def test_state_dicts_load_across_modes():
+    source, x = build("soft"), rows(20)
+    hard = build("straight_through")
+    hard.load_state_dict(source.state_dict())
+    assert torch.equal(source.eval()(x), hard.eval()(x))
+    with soft_evaluation(hard):
+        torch.testing.assert_close(hard(x), source.train()(x))
+    assert not hard.soft_eval
+
+
+def test_gated_value_is_probability_times_leaf():
+    gated, plain, x = build("gated"), build("straight_through"), rows(9)
+    plain.load_state_dict(gated.state_dict())
+    from fff.ops.tree_route import dense_logits
+
+    probability = leaf_probability(dense_logits(x, gated._nodes(), 3)).squeeze(1)
+    expected = plain(x) * probability.gather(1, plain.record.index)
+    torch.testing.assert_close(gated(x), expected)
+
+
+def test_region_leak_acts_in_training_only():
+    for mode in ("soft", "straight_through"):
+        layer, x = build("soft", mode=mode, region_leak=0.5), rows(64)
+        assert not torch.equal(layer(x), layer(x))
+        assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_load_counts_the_hard_choice_in_every_mode():
+    loads = []
+    source, x = build("soft"), rows(50)
+    for mode in ("soft", "straight_through", "gated"):
+        layer = build("soft", mode=mode)
+        layer.load_state_dict(source.state_dict())
+        for training in (True, False):
+            layer.train(training)(x)
+            loads.append(layer.record.load)
+    assert all(torch.equal(load, loads[0]) for load in loads)
+    assert loads[0].sum() == 50
+
+
+def test_node_entropy_of_the_record():
+    layer, x = build("deep"), rows(40)
+    layer(x)
+    logits = torch.nn.functional.linear(x, layer.node_weight, layer.node_bias)
+    p = torch.sigmoid(logits)
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log())
+    recorded = layer.record.node_entropy.double()
+    torch.testing.assert_close(recorded[:127], entropy[:, :127].mean(0), rtol=1e-5, atol=1e-5)
+    heap = layer.record.index[:, 0] + 2**9
+    for shift in (2, 1):  # the two levels below the dense ones
+        node = (heap >> shift) - 1
+        for i in node.unique():
+            seen = node == i
+            torch.testing.assert_close(recorded[i], entropy[seen, i].mean(), rtol=1e-5, atol=1e-5)
+    unseen = torch.ones(511, dtype=torch.bool)
+    unseen[:127] = False
+    unseen[(heap >> 2) - 1] = unseen[(heap >> 1) - 1] = False
+    assert recorded[unseen].isnan().all() and not recorded[~unseen].isnan().any()
+
+
+def test_auxiliary_losses_are_weighted_and_named():
+    for mode in ("soft", "straight_through"):
+        layer = build("soft", mode=mode, **WEIGHTS)
+        layer(rows(30))
+        losses = layer.record.losses
+        assert set(losses) == {"hardening", "balance", "node_balance"}
+        expected = 0.5 * losses["hardening"] + 0.3 * losses["balance"] + 0.2 * losses["node_balance"]
+        torch.testing.assert_close(aux_loss(layer).detach(), expected)
+        layer.eval()(rows(3))
+        assert aux_loss(layer) == 0
+
+
+def test_bias_balancing_moves_decisions_towards_the_unused_child():
+    layer = FFF(1, 1, 1, depth=2, mode="straight_through", bias_update_rate=0.5)
+    with torch.no_grad():
+        layer.node_weight.zero_(), layer.node_bias.copy_(torch.tensor([0.3, -0.4, 0.7]))
+    x = torch.zeros(10, 1)
+    layer(x)
+    assert layer.record.load.tolist() == [0, 0, 0, 10]
+    update_biases(layer)
+    # Node 0 and node 2 sent all rows right, so their biases fall; node 1 saw none and stays.
+    assert layer.decision_bias.tolist() == [-0.5, 0.0, -0.5]
+    layer(x)
+    assert layer.record.load.tolist() == [10, 0, 0, 0]
+    update_biases(layer)
+    assert layer.decision_bias.tolist() == [0.0, 0.5, -0.5]
+
+
+def test_straight_through_with_balance_spreads_rows_and_without_it_need_not():
+    """A few steps of the balance loss alone must even out a tree that starts one-sided."""
+    for weight, spread in ((1.0, True), (0.0, False)):
+        torch.manual_seed(1)
+        layer, x = FFF(6, 2, 4, depth=3, mode="straight_through", balance_weight=weight), torch.randn(256, 6)
+        with torch.no_grad():
+            layer.node_bias.fill_(2.0)
+        optimizer = torch.optim.Adam(layer.parameters(), 0.05)
+        for _ in range(60):
+            layer(x)
+            optimizer.zero_grad()
+            if weight:
+                aux_loss(layer).backward()
+                optimizer.step()
+        assert (layer.record.load.max() < 0.25 * 256) == spread
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_size_counts_the_parameters_that_it_says(width):
+    """Table 3 of the FFF paper: leaf 4, depth 5 trains 159 neurons and infers with 9."""
+    size = FFF(128, 4, 128, depth=5, node_width=width).size
+    assert (size.training_width, size.inference_width) == (128, 4)
+    assert (size.training_size, size.inference_size) == (128 + 31 * width, 4 + 5 * width)
+    assert FFF(128, 4, 128, depth=5).size.flops_per_row == 2 * (5 * 128 + 4 * 256)
+    assert FFF(8, 4, 3, depth=3, num_trees=2, top_k=2, master_width=5).size[:4] == (69, 21, 83, 31)
+    assert UltraFFF(8, 3, depth=3, num_trees=2).size == (30, 8, 30, 8, 2 * 8 * 11)
+
+
+def test_ultra_fff_is_the_walk_of_the_paper():
+    """y += act(lambda_i) w_out[i]; i = 2i + 1 + [lambda_i >= 0], summed over trees, one row after the other."""
+    for depth, trees, backend in ((0, 1, "auto"), (3, 2, "dense"), (3, 2, "gather"), (7, 1, "auto"), (9, 2, "auto")):
+        layer, x = UltraFFF(6, 4, depth=depth, num_trees=trees, backend=backend).double(), rows(5)
+        per_tree = 2 ** (depth + 1) - 1
+        expected = torch.zeros(5, 4, dtype=torch.float64)
+        for t in range(5):
+            for tree in range(trees):
+                i = 0
+                for _ in range(depth + 1):
+                    neuron = tree * per_tree + i
+                    logit = x[t] @ layer.w_in[neuron] + layer.b_in[neuron]
+                    expected[t] += torch.nn.functional.gelu(logit) * layer.w_out[neuron]
+                    i = 2 * i + 1 + int(logit >= 0)
+        torch.testing.assert_close(layer(x), expected)
+        assert layer.record.load.shape == (trees * 2**depth,) and layer.record.load.sum() == 5 * trees
+
+
+@pytest.mark.parametrize("depth, backend", [(3, "dense"), (3, "gather"), (8, "gather")])
+def test_ultra_fff_gradcheck(depth, backend):
+    layer = UltraFFF(6, 4, depth=depth, num_trees=2, backend=backend).double()
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    x = rows(3, requires_grad=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    if depth == 8:  # too many parameters for finite differences one by one
+        assert torch.autograd.gradcheck(lambda x: run(x, *parameters), (x,))
+    else:
+        assert torch.autograd.gradcheck(run, (x, *parameters))

@@ -1,0 +1,190 @@
+"""Every backend of the gated expert sum against the loop that reads like the formula."""
+
+import pytest
+import torch
+from torch import nn
+
+from fff.ops.activation import ACTIVATIONS
+from fff.ops.expert_mlp import GATHER_CHOICES, expert_mlp, resolve_backend
+from fff.ops.expert_mlp.grouped import grouped_linear
+
+HARD = ["grouped", "gather"]
+
+
+def parameters(d, experts, width, out, *, glu=False, bias=True, dtype=torch.float64):
+    def random(*shape):
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    rows = width * (2 if glu else 1)
+    return [
+        random(experts, rows, d),
+        random(experts, rows) if bias else None,
+        random(experts, width, out),
+        random(experts, out) if bias else None,
+    ]
+
+
+def value_and_grads(x, index, gate, weights, **kwargs):
+    y = expert_mlp(x, index, gate, *weights, **kwargs)
+    inputs = [t for t in [x, gate, *weights] if t is not None]
+    # A non-linear readout, so that the gradient of y differs from row to row.
+    return [y, *torch.autograd.grad(y.sin().sum(), inputs)]
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", HARD)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("glu, bias", [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    "rows, d, experts, width, out, choices",
+    [
+        (7, 97, 5, 3, 11, 1),  # odd sizes
+        (7, 5, 3, 1, 2, 3),  # leaf of one unit, every expert chosen
+        (1, 4, 6, 2, 3, 2),  # one row, most experts empty
+        (0, 4, 6, 2, 3, 2),  # no row
+        (33, 4, 1, 2, 3, 1),  # a single expert
+    ],
+)
+def test_hard_backends_equal_reference(backend, gated, glu, bias, rows, d, experts, width, out, choices):
+    x = torch.randn(rows, d, dtype=torch.float64, requires_grad=True)
+    # Distinct experts per row, as every router chooses them.
+    index = torch.rand(rows, experts).argsort(1)[:, :choices]
+    gate = torch.rand(rows, choices, dtype=torch.float64, requires_grad=True) if gated else None
+    weights = parameters(d, experts, width, out, glu=glu, bias=bias)
+    expected = value_and_grads(x, index, gate, weights, glu=glu, backend="reference")
+    assert_same(value_and_grads(x, index, gate, weights, glu=glu, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", HARD)
+@pytest.mark.parametrize(
+    "index",
+    [
+        [[2], [2], [2], [2]],  # all rows to one expert, the others empty
+        [[-1], [-1], [-1], [-1]],  # every choice dropped
+        [[0, -1], [-1, 1], [-1, -1], [1, 0]],  # some dropped, in either place
+    ],
+    ids=["one expert", "all dropped", "some dropped"],
+)
+def test_empty_experts_and_dropped_choices(backend, index):
+    index = torch.tensor(index)
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    gate = torch.rand(index.shape, dtype=torch.float64, requires_grad=True)
+    weights = parameters(5, 3, 2, 4)
+    expected = value_and_grads(x, index, gate, weights, backend="reference")
+    actual = value_and_grads(x, index, gate, weights, backend=backend)
+    assert_same(actual, expected)
+    none_left = (index < 0).all(1)
+    assert torch.equal(actual[0][none_left], torch.zeros_like(actual[0][none_left]))
+
+
+@pytest.mark.parametrize("glu, bias", [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_dense_equals_reference(glu, bias, gated):
+    x = torch.randn(7, 13, dtype=torch.float64, requires_grad=True)
+    gate = torch.rand(7, 5, dtype=torch.float64, requires_grad=True) if gated else None
+    weights = parameters(13, 5, 3, 4, glu=glu, bias=bias)
+    expected = value_and_grads(x, None, gate, weights, glu=glu, backend="reference")
+    assert_same(value_and_grads(x, None, gate, weights, glu=glu, backend="dense"), expected)
+
+
+def test_reference_is_the_formula_for_one_row_by_hand():
+    x = torch.tensor([[1.0, 2.0]])
+    w_in = torch.tensor([[[1.0, 1.0]], [[-1.0, 0.0]]])  # expert 0: relu(3 + 1) = 4, expert 1: relu(-1 + 1) = 0
+    b_in = torch.ones(2, 1)
+    w_out = torch.tensor([[[2.0]], [[5.0]]])
+    b_out = torch.tensor([[0.5], [7.0]])
+    y = expert_mlp(x, torch.tensor([[0, 1]]), torch.tensor([[0.5, 2.0]]), w_in, b_in, w_out, b_out, backend="reference")
+    assert y.item() == 0.5 * (4 * 2 + 0.5) + 2 * 7
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense", *HARD])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu2", "identity"])
+def test_gradcheck(backend, activation):
+    soft = backend in ("dense", "reference")
+    index = None if soft else torch.tensor([[0, 2], [2, -1], [1, 0]])
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    gate = torch.rand(3, 3 if soft else 2, dtype=torch.float64, requires_grad=True)
+    weights = parameters(4, 3, 2, 3)
+    assert torch.autograd.gradcheck(
+        lambda x, gate, *w: expert_mlp(x, index, gate, *w, activation=activation, backend=backend), (x, gate, *weights)
+    )
+
+
+@pytest.mark.parametrize("backend", ["grouped", "gather", "dense"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-23)])
+def test_low_precision_is_kept_and_near(backend, dtype, tolerance):
+    experts, choices = 4, 2
+    x, gate = torch.randn(9, 16), torch.rand(9, experts if backend == "dense" else choices)
+    index = None if backend == "dense" else torch.rand(9, experts).argsort(1)[:, :choices]
+    weights = [w.detach().float() for w in parameters(16, experts, 8, 5)]
+    exact = expert_mlp(x.double(), index, gate.double(), *(w.double() for w in weights), backend="reference")
+    y = expert_mlp(x.to(dtype), index, gate.to(dtype), *(w.to(dtype) for w in weights), backend=backend)
+    assert y.dtype == dtype
+    # Inputs, hidden units and outputs are each rounded once, and about 16 + 8 terms add up.
+    assert (y.double() - exact).abs().max() < 24 * tolerance * exact.abs().max()
+
+
+def test_every_activation_and_any_callable():
+    x, index = torch.randn(6, 4), torch.randint(3, (6, 1))
+    weights = [w.detach().float() for w in parameters(4, 3, 2, 3)]
+    for activation in [*ACTIVATIONS, torch.tanh, nn.GELU, nn.SiLU()]:
+        expected = expert_mlp(x, index, None, *weights, activation=activation, backend="reference")
+        actual = expert_mlp(x, index, None, *weights, activation=activation, backend="grouped")
+        torch.testing.assert_close(actual, expected)
+    relu2 = expert_mlp(x, index, None, *weights, activation="relu2")
+    torch.testing.assert_close(relu2, expert_mlp(x, index, None, *weights, activation=lambda v: v.clamp(min=0) ** 2))
+
+
+def test_grouped_gradient_lies_in_memory_as_the_parameter():
+    w_in, b_in, w_out, b_out = parameters(8, 3, 4, 5)
+    expert_mlp(torch.randn(6, 8).double(), torch.randint(3, (6, 1)), None, w_in, b_in, w_out, b_out).sum().backward()
+    assert w_in.grad.is_contiguous() and w_out.grad.is_contiguous()
+
+
+def test_grouped_linear_passes_the_checks_of_custom_operators():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(grouped_linear, (x, weight, bias, torch.tensor([0, 2, 2, 4, 4])))
+
+
+def test_dropout_scales_what_it_keeps():
+    x, weights = torch.randn(2000, 4), [w.detach().float() for w in parameters(4, 2, 8, 3)]
+    index = torch.zeros(2000, 1, dtype=torch.int64)
+    dropped = expert_mlp(x, index, None, *weights, dropout=0.5)
+    kept = expert_mlp(x, index, None, *weights)
+    assert not torch.equal(dropped, kept)
+    torch.testing.assert_close(dropped.mean(0), kept.mean(0), atol=0.3, rtol=0.1)
+
+
+def test_autocast_computes_in_its_type():
+    weights = [w.detach().float() for w in parameters(4, 3, 2, 3)]
+    for index in (None, torch.randint(3, (6, 1))):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert expert_mlp(torch.randn(6, 4), index, None, *weights).dtype == torch.bfloat16
+
+
+def test_auto_backend():
+    assert resolve_backend("auto", soft=True, num_choices=None) == "dense"
+    assert resolve_backend("auto", soft=False, num_choices=GATHER_CHOICES) == "gather"
+    assert resolve_backend("auto", soft=False, num_choices=GATHER_CHOICES + 1) == "grouped"
+    assert resolve_backend("auto", soft=False, num_choices=10**6, exporting=True) == "gather"
+
+
+@pytest.mark.parametrize(
+    "kwargs, named",
+    [
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"backend": "dense"}, "backend='dense'"),
+        ({"activation": "rellu"}, "activation='rellu'"),
+        ({"glu": True}, "w_in has 2 rows"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, named):
+    weights = parameters(4, 3, 2, 3)
+    with pytest.raises(ValueError, match=named):
+        expert_mlp(torch.randn(5, 4).double(), torch.zeros(5, 1, dtype=torch.int64), None, *weights, **kwargs)
