@@ -96,10 +96,11 @@ def leaf_balance(
 def path_balance(
     child: Int[Tensor, "T d"], right_probability: Float[Tensor, "T d"], depth: int
 ) -> Float[Tensor, ""]:
-    """Switch loss of each visited node over its two children, averaged over rows and levels; needs the path alone.
+    """Switch losses of the visited nodes over their two children, summed over levels; needs the path alone.
 
     Ours, the logarithmic-time form of `leaf_balance`: at level m a row costs 2^(m+1) [c f(right) + (1 - c) f(left)],
-    c = right_probability, f(child) = share of all rows that enter that child. 1 where the rows are spread evenly.
+    c = right_probability, f(child) = share of all rows that enter that child. Summed, not averaged, so that a node's
+    gradient does not shrink with depth (as in `leaf_balance`); less d - 1, so that it is 1 where rows spread evenly.
     child: heap index (1 .. 2^(depth+1) - 2) of the child that the row enters from each node of its path.
     """
     rows = child.shape[0]
@@ -111,7 +112,7 @@ def path_balance(
     left = (child - 1) // 2 * 2 + 1
     width = 2 ** torch.arange(1, depth + 1, device=child.device)
     cost = right_probability * share[left + 1] + (1 - right_probability) * share[left]
-    return (width * cost).sum() / (max(rows, 1) * depth)
+    return ((width * cost).sum() - (depth - 1) * rows) / max(rows, 1)
 
 
 def node_balance(logits: Float[Tensor, "T N"], decay: float = 0.5) -> Float[Tensor, ""]:

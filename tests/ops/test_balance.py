@@ -166,17 +166,17 @@ def test_path_balance_by_hand():
     # Shares: children 1..6 are entered by 1, 3, 1, 0, 1, 2 of 4 rows. Sure decisions, c = 1 where the row goes right:
     # level 0 (times 2) costs 2 * (3/4 + 3/4 + 1/4 + 3/4), level 1 (times 4) costs 4 * (2/4 + 1/4 + 1/4 + 2/4).
     sure = (CHILD % 2 == 0).double()
-    assert balance.path_balance(CHILD, sure, 2).item() == pytest.approx((5 + 6) / 8)
+    assert balance.path_balance(CHILD, sure, 2).item() == pytest.approx((5 + 6) / 4 - 1)
     # c = 1/4 everywhere: level 0: 4 * 2 * (3/16 + 3/16); level 1 at node 2: 3 * 4 * (2/16 + 3/16), at node 1: 4 * 3/16.
     quarter = torch.full((4, 2), 0.25, dtype=torch.float64)
-    assert balance.path_balance(CHILD, quarter, 2).item() == pytest.approx((3 + 3.75 + 0.75) / 8)
+    assert balance.path_balance(CHILD, quarter, 2).item() == pytest.approx((3 + 3.75 + 0.75) / 4 - 1)
 
 
 def test_path_balance_is_1_on_an_even_tree_and_grows_with_collapse():
     leaf = torch.arange(8)
     child = torch.stack([(leaf >> (2 - m)) + 2 ** (m + 1) - 1 for m in range(3)], dim=1)
     assert balance.path_balance(child, torch.rand(8, 3), 3).item() == pytest.approx(1)
-    assert balance.path_balance(child[[5] * 8], (child[[5] * 8] % 2 == 0).float(), 3).item() == pytest.approx(14 / 3)
+    assert balance.path_balance(child[[5] * 8], (child[[5] * 8] % 2 == 0).float(), 3).item() == pytest.approx(2 + 4 + 8 - 2)
 
 
 def test_path_balance_of_depth_1_is_the_switch_loss():
