@@ -1,0 +1,53 @@
+"""Image classification sets with their official training and test splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fff.data.image_cache import load_images
+from fff.data.module import InMemoryData, Rows
+
+NORMALIZE = ("standardize", "unit", "symmetric")
+
+
+class ImageData(InMemoryData):
+    """digits (scikit-learn), usps, mnist, fashion_mnist, cifar10, cifar100 (fine labels) or svhn (cropped digits).
+
+    name, root, cache_dir: see `load_images`.
+    normalize: "standardize" subtracts mean and divides by standard deviation per channel, both over the official
+        training split (validation rows included: no label enters); "unit" maps pixels to [0, 1] and "symmetric" to
+        [-1, 1].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        batch_size: int = 256,
+        *,
+        root: str | Path | None = None,
+        normalize: str = "standardize",
+        cache_dir: str | Path | None = None,
+        seed: int = 0,
+        split_seed: int = 0,
+        drop_last: bool = False,
+        eval_batch_size: int = 2048,
+    ) -> None:
+        super().__init__(
+            batch_size, seed=seed, split_seed=split_seed, drop_last=drop_last, eval_batch_size=eval_batch_size
+        )
+        if normalize not in NORMALIZE:
+            raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
+        self.name, self.root, self.cache_dir, self.normalize = name, root, cache_dir, normalize
+
+    def load(self) -> Rows:
+        images = load_images(self.name, self.root, self.cache_dir)
+        mean, std = torch.tensor(images.mean), torch.tensor(images.std)
+        if self.normalize == "unit":
+            scale, shift = torch.ones_like(mean), torch.zeros_like(mean)
+        elif self.normalize == "symmetric":
+            scale, shift = torch.full_like(mean, 2.0), torch.full_like(mean, -1.0)
+        else:
+            scale, shift = 1 / std, -mean / std
+        return Rows(*images[:4], images.class_names, (scale / images.white).view(-1, 1, 1), shift.view(-1, 1, 1))

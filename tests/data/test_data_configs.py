@@ -1,0 +1,41 @@
+"""Every YAML of conf/data composes, and its target takes every key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from fff.data import InMemoryData, image_cache
+
+CONF = Path(__file__).parents[2] / "conf"
+NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+
+
+def build(name, *overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return instantiate(compose(f"data/{name}", overrides=["+seed=3", *overrides]).data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_instantiates(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("FFF_DATA_DIR", str(tmp_path))
+    data = build(name)
+    assert isinstance(data, InMemoryData) and data.seed == 3 and data.batch_size == 256
+    if name in image_cache.NAMES:
+        assert data.name == name and data.root == (None if name == "digits" else str(tmp_path))
+
+
+def test_each_set_has_a_config():
+    assert set(NAMES) == {*image_cache.NAMES, "clusters", "random_labels"}
+
+
+def test_root_is_optional(monkeypatch):
+    monkeypatch.delenv("FFF_DATA_DIR", raising=False)
+    assert build("usps").root is None
+
+
+def test_random_labels_over_another_set():
+    assert build("random_labels", "data@data.data=mnist", "data.fraction=0.5").data.name == "mnist"
