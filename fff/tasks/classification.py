@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1
 
 from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
 from fff.tasks.callbacks import LayerSchedule, RandomState
-from fff.tasks.protocol import Protocol, backends, evaluate
+from fff.tasks.protocol import Protocol, evaluate
 
 
 class Classification(LightningModule):
@@ -111,11 +111,13 @@ class Classification(LightningModule):
     def on_train_epoch_end(self) -> None:
         # Not given to the Trainer, which steps plateau schedulers after its checkpoint is written: a resumed run would
         # miss one step.
+        if self._lr_schedule is None:
+            return
         if isinstance(self._lr_schedule, ReduceLROnPlateau):
             self._lr_schedule.step(self.protocol.history["train_accuracy"][-1])
-        elif self._lr_schedule is not None:
+        else:
             self._lr_schedule.step()
-        if self._lr_schedule is not None:
+        if self.loggers:
             self.log("lr", self._lr_schedule.get_last_lr()[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -185,7 +187,7 @@ class Classification(LightningModule):
             **sizes,
             "epochs": len(protocol.history["epoch"]),
         }
-        trained, evaluated = protocol.training_backend, backends(self.model)
+        trained, evaluated = protocol.training_backend, test.backend
         return {
             "metrics": {name: _plain(value) for name, value in metrics.items()},
             "history": {name: list(values) for name, values in protocol.history.items()},

@@ -130,11 +130,11 @@ def tensor_data():
 def fit(tmp_path):
     """Trains a task with the flags of a sweep; returns the trainer."""
 
-    def run(task, data, *, max_epochs, callbacks=(), ckpt_path=None, **flags):
+    def run(task, data, *, max_epochs, callbacks=(), ckpt_path=None, logger=False, **flags):
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=max_epochs,
-            logger=False,
+            logger=logger,
             callbacks=[*task.protocol_callbacks(), *callbacks],
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 
@@ -78,11 +79,12 @@ def test_one_step_is_that_of_the_plain_formula(data, fit, rows):
     torch.testing.assert_close(linear.weight, expected)
 
 
-def test_task_loss_and_auxiliary_losses_are_logged_apart_and_weighted_by_rows(data, fit, rows):
+def test_task_loss_and_auxiliary_losses_are_logged_apart_and_weighted_by_rows(data, fit, rows, tmp_path):
     task = make_task(optimizer=partial(torch.optim.SGD, lr=0.0))
     task.model.ff.price.data.fill_(3.0)
     x, y = rows
-    trainer = fit(task, data(batch_size=10), max_epochs=1)  # batches of 10, 10 and 4 rows
+    # Batches of 10, 10 and 4 rows.
+    trainer = fit(task, data(batch_size=10), max_epochs=1, logger=CSVLogger(tmp_path))
     logged = trainer.callback_metrics
     assert logged["train_loss"].item() == pytest.approx(F.cross_entropy(task.model(x), y).item(), rel=1e-5)
     assert logged["train_aux_loss"].item() == pytest.approx(1.5)
@@ -111,7 +113,7 @@ def test_fused_only_where_it_is_safe():
     assert not fused(partial(torch.optim.AdamW, lr=1e-3), Classifier(Priced, 4, 5).to("meta"))
 
 
-def test_learning_rate_halves_on_a_plateau_of_the_training_accuracy(scripted, scripted_data, fit):
+def test_learning_rate_halves_on_a_plateau_of_the_training_accuracy(scripted, scripted_data, fit, tmp_path):
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
     accuracy = [0.1, 0.2, 0.2, 0.2, 0.2, 0.2]
@@ -127,7 +129,7 @@ def test_learning_rate_halves_on_a_plateau_of_the_training_accuracy(scripted, sc
         def on_train_epoch_start(self, trainer, pl_module):
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    trainer = fit(task, scripted_data(), max_epochs=6, callbacks=[Rates()])
+    trainer = fit(task, scripted_data(), max_epochs=6, callbacks=[Rates()], logger=CSVLogger(tmp_path))
     # Gains in epochs 1 and 2; two epochs without one (3, 4) halve the rate for epoch 5.
     assert rates == [0.8, 0.8, 0.8, 0.8, 0.4, 0.4]
     assert trainer.callback_metrics["lr"].item() == pytest.approx(0.2)
