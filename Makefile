@@ -20,30 +20,32 @@ help:
 	@echo "make install only install, into $(VENV)"
 	@echo "make clean   remove $(VENV)"
 	@echo
-	@echo "Variables: PY=python3.12     interpreter, 3.11 or newer (found: $(PY))"
-	@echo "           TORCH=torch==2.13.0   which torch to install, in pip's words; default: the CPU build of $(torch_lock),"
-	@echo "                             or none where $(VENV) or PY already has a torch"
-	@echo "           VENV=.venv        where to install"
+	@echo "Variables:"
+	@echo "  PY=python3.12         interpreter, 3.11 or newer; found: $(PY)"
+	@echo "  TORCH=torch==2.13.0   torch to install, as arguments of pip install; default: the torch that $(VENV) or PY has,"
+	@echo "                        else the CPU build of $(torch_lock)"
+	@echo "  VENV=.venv            where to install"
 
 $(python):
 	@test -n "$(PY)" || { echo "no Python >= 3.11 with venv found; name one: make PY=/path/to/python" >&2; exit 1; }
 	$(PY) -m venv $$($(PY) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 
-# torch first and alone, then the rest of the lock around it: so no later install swaps the build that was chosen.
+# torch first and alone, then the rest of the lock around it, so that no later install swaps the build that was chosen.
+# The CPU build has a version of its own where pip can see it; uv knows where PyTorch keeps it; elsewhere the registry's.
 $(VENV)/constraints.txt: requirements.lock | $(python)
 ifneq ($(TORCH),)
 	$(pip) $(TORCH)
 else
 	@$(python) -c 'import torch' 2>/dev/null || { echo "installing the CPU build of torch $(torch_lock)"; \
-	  $(pip) torch==$(torch_lock)+cpu 2>/dev/null || \
-	  { $(pip) uv && $(python) -m uv pip install --quiet --python $(python) --torch-backend=cpu torch==$(torch_lock); } || \
-	  $(pip) torch==$(torch_lock); }
+	  $(pip) 'torch==$(torch_lock)+cpu' 2>/dev/null || \
+	  { $(pip) uv && $(python) -m uv pip install -q --python $(python) --torch-backend=cpu torch==$(torch_lock); } 2>/dev/null || \
+	  { echo "no CPU build in reach, installing the registry's"; $(pip) torch==$(torch_lock); }; }
 endif
 	@{ grep -v -e '^torch==' -e '^triton==' requirements.lock; \
 	  $(python) -c 'import torch; print("torch==" + torch.__version__)'; } > $@
 
 $(VENV)/.train: pyproject.toml $(VENV)/constraints.txt
-	$(pip) -c $(VENV)/constraints.txt -e '.[train]'
+	$(pip) -c $(VENV)/constraints.txt -e '.[train,sweep]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/constraints.txt

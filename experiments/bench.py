@@ -8,8 +8,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+try:
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}; benchmarks need the extra: pip install 'fff[train]'") from error
 
 from .config import build
 
