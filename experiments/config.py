@@ -1,0 +1,195 @@
+"""The typed root of the configuration, the resolvers of its files, and what makes two runs the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from .check import ConfigError, check, no_such, suggest
+
+
+@dataclass
+class Trainer:
+    """Settings of Lightning's Trainer that a run may vary."""
+
+    max_epochs: int = 100
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: str = "32-true"
+    gradient_clip_val: float | None = None
+    accumulate_grad_batches: int = 1
+    # Batches per training epoch, null for all.
+    max_batches: int | None = None
+    # Epochs between two resumable checkpoints; null: none.
+    checkpoint_every: int | None = None
+    # null: shown in a single run, not in a sweep.
+    progress_bar: bool | None = None
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. Open nodes take any key that their `_target_` takes (`check`)."""
+
+    study: str = "scratch"
+    seed: int = 0
+    width: int = 128
+    leaf_width: int = 8
+    threads: int = 1
+    force: bool = False
+    runs_dir: str = "runs"
+    layer: Any = None
+    model: Any = None
+    task: Any = None
+    data: Any = None
+    logger: Any = None
+    launcher: Any = None
+    trainer: Trainer = field(default_factory=Trainer)
+
+
+# What may differ between two executions of one run: helpers that other keys interpolate, where and how it is executed.
+VOLATILE = (
+    "hydra",
+    "study",
+    "width",
+    "leaf_width",
+    "threads",
+    "force",
+    "runs_dir",
+    "logger",
+    "launcher",
+    "data.root",
+    "data.cache_dir",
+    "trainer.checkpoint_every",
+    "trainer.progress_bar",
+)
+
+
+def tree_depth(width: int, leaf_width: int) -> int:
+    """Depth of the full tree whose 2^depth leaves of `leaf_width` units have `width` units together."""
+    leaves, rest = divmod(width, leaf_width) if leaf_width > 0 else (0, 0)
+    if rest or leaves < 1 or leaves & (leaves - 1):
+        raise ValueError(f"width={width} must be leaf_width={leaf_width} times a power of two")
+    return leaves.bit_length() - 1
+
+
+def num_experts(width: int, expert_width: int) -> int:
+    """How many experts of `expert_width` units have `width` units together."""
+    experts, rest = divmod(width, expert_width) if expert_width > 0 else (0, 0)
+    if rest or experts < 1:
+        raise ValueError(f"width={width} must be a multiple of expert_width={expert_width}")
+    return experts
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration without its volatile keys, after a check of every key; plain containers."""
+    plain = {key: _plain(cfg[key], resolve=key not in VOLATILE) for key in cfg if key != "hydra"}
+    check(plain, root=Config)
+    for key in ("layer", "model", "task", "data"):
+        if "_target_" not in (plain[key] or {}):
+            raise ConfigError(f"{key} has no _target_; choose one with {key}=..., --help lists them")
+    if plain["trainer"]["devices"] != 1:
+        raise ConfigError(
+            f"trainer.devices={plain['trainer']['devices']}: a run trains on one device, as its data is not sharded,"
+            " and in a sweep every further process would start the sweep again"
+        )
+    for key in VOLATILE:
+        *parents, name = key.split(".")
+        node = plain
+        for parent in parents:
+            node = node.get(parent) or {}
+        node.pop(name, None)
+    return plain
+
+
+def _plain(node: Any, resolve: bool) -> Any:
+    # Volatile nodes stay unresolved: a logger may be named after `${run_id:}`.
+    return OmegaConf.to_container(node, resolve=resolve) if OmegaConf.is_config(node) else node
+
+
+def config_hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def run_id(identity: dict[str, Any]) -> str:
+    """Name of a run's directory: layer, data, seed and the head of the configuration's hash."""
+    layer = identity["layer"]["_target_"].rpartition(".")[2].lower()
+    data = identity["data"].get("name") or identity["data"]["_target_"].rpartition(".")[2].lower()
+    return f"{layer}-{data}-s{identity['seed']}-{config_hash(identity)[:10]}"
+
+
+def run_dir(cfg: DictConfig, identity: dict[str, Any]) -> Path:
+    return Path(cfg.runs_dir) / cfg.study / run_id(identity)
+
+
+def build(node: Any, **keywords: Any) -> Any:
+    """What `node` describes (`_target_`); the only caller of Hydra's instantiate."""
+    from hydra.utils import instantiate
+
+    # Hydra 1.4 warns about targets that no list allows.
+    if "_execution_whitelist_" in inspect.signature(instantiate).parameters:
+        keywords["_execution_whitelist_"] = ["fff.*", "experiments.*", "lightning.*", "torch.*"]
+    return instantiate(node, **keywords)
+
+
+def explain(error: BaseException) -> str:
+    """One line that names the key, the target and the nearest valid name, from whatever Hydra or OmegaConf raised."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for link in chain:
+        # Out of a resolver OmegaConf passes on the text of an error, not the error.
+        if raised := re.search(r"ConfigError raised while resolving interpolation: (.+)", str(link)):
+            return raised.group(1)
+        if isinstance(link, ConfigError):
+            return str(link)
+        if isinstance(link, MissingConfigException) and link.options is not None:
+            group, _, option = (link.missing_cfg_file or "").rpartition("/")
+            extra = {"joblib": "sweep", "submitit_slurm": "slurm"}.get(option)
+            if group == "hydra/launcher" and extra:
+                return f"launcher={option} is not installed: pip install 'fff[{extra}]'"
+            return f"{group}={option}: no such option; {suggest(option, link.options)}"
+    text = "\n".join(str(link) for link in chain)
+    if unknown := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)\s+full_key: (\S+)", text):
+        name, owner, path = unknown.groups()
+        schema = {"Config": Config, "Trainer": Trainer}.get(owner)
+        parent = path.rpartition(".")[0] or "the configuration"
+        return no_such(path, parent, name, [f.name for f in fields(schema)] if schema else [])
+    text = re.sub(r"\w+ raised while resolving interpolation: ", "", str(chain[-1]))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    # OmegaConf appends its own book-keeping (full_key, object_type, reference_type), Hydra its search path.
+    lines = [line for line in lines if not re.match(r"(full_key|object_type|reference_type|provider=)", line)]
+    return f"{key}: {' '.join(lines)}" if key else " ".join(lines) or repr(error)
+
+
+def config_path() -> str:
+    """Where the YAML files lie: beside this package in a checkout, in `fff.conf` in an installed wheel."""
+    checkout = Path(__file__).resolve().parents[1] / "conf"
+    return str(checkout) if (checkout / "config.yaml").is_file() else "pkg://fff.conf"
+
+
+def register() -> None:
+    """Make schema and resolvers known to Hydra and OmegaConf."""
+    # Hydra copies the store, all of it, for every composition (25 of 60 ms), though it is a singleton that copies what
+    # it hands out.
+    ConfigStore.__deepcopy__ = lambda self, memo: self
+    schema = OmegaConf.structured(Config)
+    for key in ("layer", "model", "task", "data", "logger"):
+        # Not closed to new keys: `check` knows what each target takes, and says it better.
+        schema[key] = OmegaConf.create({}, flags={"struct": False})
+    ConfigStore.instance().store(name="schema", node=schema)
+    OmegaConf.register_new_resolver("tree_depth", tree_depth, replace=True)
+    OmegaConf.register_new_resolver("num_experts", num_experts, replace=True)
+    OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(identity(_root_)), replace=True)
+
+
+register()

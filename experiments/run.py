@@ -1,0 +1,200 @@
+"""One run: skip it if it is finished, otherwise train, measure, and write its record."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from .config import build, config_hash, identity, run_dir, run_id
+from .store import ERROR, LOCK, RESULT, SCHEMA, lock, read_record, write_record
+
+CHECKPOINT = "last.ckpt"
+
+
+class Outcome(NamedTuple):
+    """status: "finished", "skipped" (it was already), "failed", or "busy" (another process is running it).
+    error: last line of the exception of a failed run."""
+
+    status: str
+    run_dir: Path
+    error: str = ""
+
+
+def run(cfg: DictConfig, progress_bar: bool = False) -> Outcome:
+    """Run one configuration in its directory, unless its record is there. Failures are told, not raised.
+
+    Nothing heavy is imported before it is certain that there is something to do.
+    """
+    plain = identity(cfg)
+    digest = config_hash(plain)
+    folder = run_dir(cfg, plain)
+    with lock(folder) as owned:
+        if not owned:
+            return Outcome("busy", folder)
+        record, reason = read_record(folder, digest)
+        if record is not None and not cfg.force:
+            return Outcome("skipped", folder)
+        if reason:
+            print(f"{reason}; running it again", file=sys.stderr, flush=True)
+        (folder / RESULT).unlink(missing_ok=True)
+        (folder / ERROR).unlink(missing_ok=True)
+        if cfg.force:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        try:
+            measured = train(cfg, folder, progress_bar)
+            record = {
+                "schema": SCHEMA,
+                "study": cfg.study,
+                "run_id": run_id(plain),
+                "config": plain,
+                "config_hash": digest,
+                "seed": cfg.seed,
+                "status": "finished",
+                **measured,
+            }
+            write_record(folder, record)
+        except Exception as error:
+            (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+            return Outcome("failed", folder, last_line(error))
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    return Outcome("finished", folder)
+
+
+def job(cfg: DictConfig) -> None:
+    """What Hydra calls for each configuration, in whichever process; a sweep tells the outcome by itself."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    single = HydraConfig.get().mode == RunMode.RUN
+    bar = cfg.trainer.progress_bar
+    outcome = run(cfg, progress_bar=single and sys.stderr.isatty() if bar is None else bar)
+    if single:
+        report(outcome, cfg)
+
+
+def report(outcome: Outcome, cfg: DictConfig) -> None:
+    """Print the outcome of a single run; end the program with code 1 if there is no result."""
+    if outcome.status == "failed":
+        error = outcome.run_dir / ERROR
+        # A ValueError or OSError is told in full by its message (a user's mistake, a missing file).
+        told = outcome.error.startswith(("ValueError", "OSError", "FileNotFoundError"))
+        text = outcome.error if told else error.read_text(encoding="utf-8").strip()
+        print(f"{text}\nfailed; traceback in {error}", file=sys.stderr)
+        sys.exit(1)
+    if outcome.status == "busy":
+        owner = (outcome.run_dir / LOCK).read_text(encoding="utf-8").strip()
+        print(f"{outcome.run_dir.name} is already being run by {owner}", file=sys.stderr)
+        sys.exit(1)
+    record = json.loads((outcome.run_dir / RESULT).read_text(encoding="utf-8"))
+    already = "  (finished before; force=true runs it again)" if outcome.status == "skipped" else ""
+    print(f"{outcome.run_dir.name}  {summary(record)}{already}\n{outcome.run_dir / RESULT}")
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The measured values that say most, in one line."""
+    metrics = record["metrics"]
+    parts = [f"{name} {100 * metrics[name]:.1f} %" for name in ("ma", "ga") if metrics.get(name) is not None]
+    if (metrics.get("num_leaves") or 0) > 1:
+        parts.append(f"leaves {metrics['leaves_used']}/{metrics['num_leaves']}")
+    if metrics.get("diverged"):
+        parts.append("DIVERGED")
+    return "  ".join([*parts, f"{record['wall_time_s']:.1f} s"])
+
+
+def last_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
+
+
+def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
+    """Train and measure: the part of the record that is not known beforehand."""
+    import torch
+
+    torch.set_num_threads(cfg.threads)
+    from lightning.pytorch import Trainer, seed_everything
+
+    from .provenance import git_commit, hardware, versions
+
+    # In-memory slices need no loader workers, and nothing is logged within an epoch.
+    warnings.filterwarnings("ignore", module="lightning.*", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", module="lightning.*", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec")
+
+    start = time.perf_counter()
+    # Data first: what is missing there is found before anything else costs time.
+    data = build(cfg.data)
+    data.prepare_data()
+    data.setup()
+    # Again before the model, so that its initial weights do not depend on what the data drew.
+    seed_everything(cfg.seed, verbose=False)
+    known = {"num_classes": data.num_classes, "in_shape": data.in_shape, "in_features": data.in_features}
+    model = build(cfg.model)
+    model = model(make_ff=build(cfg.layer), **_accepted(model, known))
+    task = build(cfg.task)
+    task = task(model, **_accepted(task, known))
+
+    callbacks, checkpoint = list(task.protocol_callbacks()), None
+    if cfg.trainer.checkpoint_every is not None:
+        from lightning.pytorch.callbacks import ModelCheckpoint
+
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=folder,
+                filename=Path(CHECKPOINT).stem,
+                every_n_epochs=cfg.trainer.checkpoint_every,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            )
+        )
+        checkpoint = _readable(folder / CHECKPOINT)
+    trainer = Trainer(
+        max_epochs=cfg.trainer.max_epochs,
+        accelerator=cfg.trainer.accelerator,
+        devices=cfg.trainer.devices,
+        precision=cfg.trainer.precision,
+        gradient_clip_val=cfg.trainer.gradient_clip_val,
+        accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
+        limit_train_batches=cfg.trainer.max_batches,
+        callbacks=callbacks,
+        logger=build(cfg.logger, save_dir=str(folder)) if cfg.logger else False,
+        enable_checkpointing=cfg.trainer.checkpoint_every is not None,
+        enable_progress_bar=progress_bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    return {
+        **task.results(data),
+        "wall_time_s": round(time.perf_counter() - start, 3),
+        "resumed": checkpoint is not None,
+        "hardware": hardware(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def _accepted(function: Callable, known: dict[str, Any]) -> dict[str, Any]:
+    """Those of the facts about the data that `function` has an argument for."""
+    return {name: value for name, value in known.items() if name in inspect.signature(function).parameters}
+
+
+def _readable(checkpoint: Path) -> Path | None:
+    import torch
+
+    if not checkpoint.exists():
+        return None
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=False)
+    except Exception as error:
+        print(f"{checkpoint} is unreadable ({last_line(error)}); starting from the first epoch", file=sys.stderr)
+        return None
+    return checkpoint
