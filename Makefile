@@ -31,6 +31,7 @@ $(python):
 	$(PY) -m venv $$($(PY) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 
 # torch first and alone, then the rest of the lock around it, so that no later install swaps the build that was chosen.
+# (torch pins its triton and, before 2.7, its sympy.)
 # The CPU build has a version of its own where pip can see it; uv knows where PyTorch keeps it; elsewhere the registry's.
 $(VENV)/constraints.txt: requirements.lock | $(python)
 ifneq ($(TORCH),)
@@ -41,7 +42,7 @@ else
 	  { $(pip) uv && $(python) -m uv pip install -q --python $(python) --torch-backend=cpu torch==$(torch_lock); } 2>/dev/null || \
 	  { echo "no CPU build in reach, installing the registry's"; $(pip) torch==$(torch_lock); }; }
 endif
-	@{ grep -v -e '^torch==' -e '^triton==' requirements.lock; \
+	@{ grep -v -e '^torch==' -e '^triton==' -e '^sympy==' requirements.lock; \
 	  $(python) -c 'import torch; print("torch==" + torch.__version__)'; } > $@
 
 $(VENV)/.train: pyproject.toml $(VENV)/constraints.txt
