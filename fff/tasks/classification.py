@@ -55,7 +55,7 @@ class Classification(LightningModule):
         self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
         self._lr_schedule: LRScheduler | None = None
         self._restored_lr_schedule: dict[str, Any] | None = None
-        self._loss_sums: dict[str, Tensor] = {}
+        self._loss_sums: dict[str, Tensor | float] = {}
         self._rows = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,14 +75,12 @@ class Classification(LightningModule):
 
     def _add(self, name: str, value: Tensor, rows: int) -> None:
         # Sums stay on the device: reading one in each step would wait for the accelerator, self.log costs 0.4 ms.
-        value = value.detach()
-        total = self._loss_sums.get(name)
-        self._loss_sums[name] = value * rows if total is None else total.add_(value, alpha=rows)
+        self._loss_sums[name] = value.detach() * rows + self._loss_sums.get(name, 0.0)
 
     def pop_epoch_losses(self) -> dict[str, float]:
         """Mean over the rows since the last call: "loss" is the task's, "aux_loss" the weighted auxiliary sum, the rest
         each raw auxiliary loss summed over the layers."""
-        losses = {name: total.item() / self._rows for name, total in self._loss_sums.items()}
+        losses = {name: float(total) / self._rows for name, total in self._loss_sums.items()}
         self._loss_sums, self._rows = {}, 0
         return losses
 
@@ -121,7 +119,8 @@ class Classification(LightningModule):
             self.log("lr", self._lr_schedule.get_last_lr()[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["epoch_losses"] = {"sums": self._loss_sums, "rows": self._rows}
+        sums = {name: float(total) for name, total in self._loss_sums.items()}
+        checkpoint["epoch_losses"] = {"sums": sums, "rows": self._rows}
         if self._lr_schedule is not None:
             checkpoint["lr_schedule"] = self._lr_schedule.state_dict()
 
@@ -156,12 +155,11 @@ class Classification(LightningModule):
                 "calibration_error": MulticlassCalibrationError(self.num_classes),
             }
         ).to(next(self.model.parameters()).device)
-        # Weights that are not finite are a result of a diverged run, but torchmetrics takes only finite scores.
         test = evaluate(
             self.model,
             data.test_dataloader(),
             soft=True,
-            observe=lambda logits, y: report.update(logits.float().nan_to_num().softmax(-1), y),
+            observe=lambda logits, y: report.update(logits.float().softmax(-1), y),
         )
 
         layers = [layer for layer in self.model.modules() if isinstance(layer, RoutedLayer)]
