@@ -1,0 +1,128 @@
+"""Which part of the plane each leaf of a small tree takes, by two recipes: `python -m experiments.regions`.
+
+Trains two trees of depth 3 on two moons and writes their record, results/runs/regions.npz; `python -m
+experiments.tables regions` draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import make_moons
+from torch import Tensor
+from torch.nn import functional as F
+
+from fff import FFF, aux_loss
+from fff.report.records import write
+
+from .provenance import git_commit, hardware, versions
+
+GRID = 240
+BATCH = 256
+
+
+class Recipe(NamedTuple):
+    title: str
+    layer: dict[str, Any]
+    optimizer: str
+    lr: float
+
+
+RECIPES = (
+    Recipe("paper's recipe: soft, hardening", {"mode": "soft", "hardening_weight": 3.0}, "SGD", 0.2),
+    Recipe("ours: straight-through, balance", {"mode": "straight_through", "balance_weight": 0.1}, "AdamW", 0.01),
+)
+
+
+def train(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, epochs: int) -> FFF:
+    torch.manual_seed(seed)
+    layer = FFF(2, 4, 2, depth=3, **recipe.layer)
+    optimizer = getattr(torch.optim, recipe.optimizer)(layer.parameters(), lr=recipe.lr)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(BATCH):
+            loss = F.cross_entropy(layer(x[rows]), y[rows]) + aux_loss(layer)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return layer.eval()
+
+
+@torch.no_grad()
+def route(layer: FFF, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaf of the hard route and predicted class of each row; leaves the layer with the record of these rows."""
+    label = layer(x).argmax(-1)
+    return layer.record.index[:, 0], label
+
+
+def measure(recipe: Recipe, layer: FFF, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]) -> dict:
+    accuracy = {}
+    for name, (x, y) in (("train", train_set), ("test", test_set)):
+        leaf, label = route(layer, x)
+        accuracy[f"{name}_accuracy"] = (label == y).double().mean().item()
+    load = torch.bincount(leaf, minlength=layer.num_leaves)
+    entropy = layer.record.node_entropy
+    return {
+        "title": recipe.title,
+        "layer": {"_target_": "fff.FFF", "leaf_width": layer.leaf_width, "depth": layer.depth, **recipe.layer},
+        "optimizer": {"name": recipe.optimizer, "lr": recipe.lr},
+        **accuracy,
+        "num_leaves": layer.num_leaves,
+        "leaves_used": int((load > 0).sum()),
+        "largest_leaf_share": load.max().item() / len(leaf),
+        "leaf_load": load.tolist(),
+        "node_entropy": entropy[~entropy.isnan()].mean().item(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="experiments.regions", description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=500)
+    parser.add_argument("--results-dir", type=Path, default=Path("results"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+
+    sets = []
+    for rows, seed in ((600, options.seed), (2000, options.seed + 1)):
+        points, classes = make_moons(rows, noise=0.15, random_state=seed)
+        sets.append((torch.from_numpy(points).float(), torch.from_numpy(classes).long()))
+    (x, y), _ = sets
+    low, high = x.min(0).values - 0.4, x.max(0).values + 0.4
+    axes = [torch.linspace(low[i], high[i], GRID) for i in range(2)]
+    grid = torch.cartesian_prod(axes[1], axes[0]).flip(-1)
+
+    runs, leaves, labels = [], [], []
+    for recipe in RECIPES:
+        layer = train(recipe, x, y, seed=options.seed, epochs=options.epochs)
+        run = {"seed": options.seed, "epochs": options.epochs, **measure(recipe, layer, *sets)}
+        leaf, label = (values.view(GRID, GRID).numpy().astype(np.uint8) for values in route(layer, grid))
+        runs.append(run)
+        leaves.append(leaf)
+        labels.append(label)
+        print(f"{recipe.title}: {run['leaves_used']} of {run['num_leaves']} leaves, test {run['test_accuracy']:.3f}")
+
+    meta = {"runs": runs, "git_commit": git_commit(), "versions": versions(), "hardware": hardware()}
+    record = io.BytesIO()
+    np.savez_compressed(
+        record,
+        meta=json.dumps(meta, sort_keys=True),
+        x=axes[0].numpy(),
+        y=axes[1].numpy(),
+        leaf=np.stack(leaves),
+        label=np.stack(labels),
+        points=x.numpy(),
+        classes=y.numpy().astype(np.uint8),
+    )
+    write(options.results_dir / "runs" / "regions.npz", record.getvalue())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

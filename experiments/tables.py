@@ -1,0 +1,48 @@
+"""Run records to committed CSV files, tables and figures: `python -m experiments.tables [study ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fff.report.records import update
+from fff.report.study import load, publish, studies, update_readme
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="experiments.tables",
+        description="Merge the records of finished runs into RESULTS/runs/<study>.csv, then make the tables and figures"
+        " of the study from the CSV files alone; prints the tables. The schema is in results/README.md.",
+    )
+    parser.add_argument("study", nargs="*", help="default: every study that has records")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="run directories (default: %(default)s)")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+
+    known = studies(options.runs_dir, options.results_dir)
+    if not known:
+        print(f"no records in {options.runs_dir}/ or {options.results_dir}/runs/", file=sys.stderr)
+        return 1
+    failed = False
+    for study in options.study or known:
+        try:
+            problems = update(study, options.runs_dir, options.results_dir)
+            print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
+            if study not in studies(options.runs_dir, options.results_dir):
+                raise ValueError(f"no records of study {study!r}; there are: {', '.join(known)}")
+            print(publish(load(study, options.results_dir)))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+    try:
+        update_readme(options.results_dir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

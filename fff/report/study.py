@@ -1,0 +1,126 @@
+"""A study's tables and figures: from its committed CSV files alone, by a layout of its own or the generic one.
+
+A layout is a module `fff/report/studies/<study>.py` with a function `report(data: StudyData) -> Report`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fff.report import figures, tables
+from fff.report.cells import label, read_runs, summarize
+from fff.report.records import HISTORY, write
+from fff.report.tables import Table
+
+_BEGIN, _END = "<!-- generated: begin -->", "<!-- generated: end -->"
+
+
+class StudyData(NamedTuple):
+    """runs, history: empty where the study has no such file.  results_dir: for reference values and other records."""
+
+    name: str
+    runs: pd.DataFrame
+    history: pd.DataFrame
+    results_dir: Path
+
+
+class Report(NamedTuple):
+    """cells: unrounded numbers behind the tables, one row per cell.  tables: the first is the headline.
+    figures: by the part of the file name that follows the study's."""
+
+    cells: pd.DataFrame
+    tables: list[Table]
+    figures: dict[str, Figure]
+
+
+def studies(runs_dir: Path, results_dir: Path) -> list[str]:
+    """Names of all studies that have run directories or committed records."""
+    names = {path.name for path in runs_dir.glob("*") if any(path.glob("*/result.json"))}
+    records = [*(results_dir / "runs").glob("*.csv"), *(results_dir / "runs").glob("*.npz")]
+    return sorted(names | {path.stem.removesuffix(".history") for path in records})
+
+
+def load(name: str, results_dir: Path) -> StudyData:
+    folder = results_dir / "runs"
+    runs, history = folder / f"{name}.csv", folder / f"{name}.history.csv"
+    return StudyData(
+        name,
+        read_runs(runs) if runs.exists() else pd.DataFrame(),
+        pd.read_csv(history, dtype={"cell": str})
+        if history.exists()
+        else pd.DataFrame(columns=["cell", "epoch", "runs", *HISTORY]),
+        results_dir,
+    )
+
+
+def report(data: StudyData) -> Report:
+    module = f"fff.report.studies.{data.name}"
+    # A study may have any name; only one that can be a module has a layout.
+    if data.name.isidentifier() and importlib.util.find_spec(module) is not None:
+        return importlib.import_module(module).report(data)
+    return generic(data)
+
+
+def generic(data: StudyData) -> Report:
+    if data.runs.empty:
+        raise ValueError(f"{data.name} has no rows in runs/{data.name}.csv, and no layout that does without")
+    cells = label(summarize(data.runs))
+    return Report(cells, [tables.generic(cells, data.name)], generic_figures(data, cells))
+
+
+def generic_figures(data: StudyData, cells: pd.DataFrame) -> dict[str, Figure]:
+    """accuracy, entropy and leaves, each where the study has it. cells: labelled."""
+    palette = figures.colors(zip(cells["family"], ~(cells["num_leaves"] > 1), strict=True))
+    names = dict(zip(cells["cell"], cells["family"], strict=True))
+    loads = [(names[cell], load) for cell, load in zip(data.runs["cell"], data.runs["metrics.leaf_load"], strict=True)]
+    drawn = {
+        "accuracy": figures.accuracy(cells, palette),
+        "entropy": figures.entropy(data.history, cells),
+        "leaves": figures.leaf_usage(loads, palette),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def publish(data: StudyData) -> str:
+    """Write `tables/<study>.{md,tex,csv}` and `figures/<study>_*.{svg,png}`; returns the Markdown."""
+    with figures.style():
+        result = report(data)
+        for name, figure in result.figures.items():
+            for kind, content in figures.save(figure).items():
+                write(data.results_dir / "figures" / f"{data.name}_{name}.{kind}", content)
+    origin = f"Made by `python -m experiments.tables {data.name}`; do not edit."
+    text = "\n".join([f"# {data.name}", "", origin, "", *map(tables.markdown, result.tables)])
+    folder = data.results_dir / "tables"
+    write(folder / f"{data.name}.md", text)
+    write(folder / f"{data.name}.tex", f"% {origin}\n" + "\n".join(map(tables.latex, result.tables)))
+    write(folder / f"{data.name}.csv", result.cells.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return text
+
+
+def update_readme(results_dir: Path) -> None:
+    """Fill the marked block of `<results_dir>/README.md` with the first table and the figures of every study."""
+    path = results_dir / "README.md"
+    if not path.exists():
+        return
+    before, begin, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{path}: the markers {_BEGIN!r} and {_END!r} must both be there")
+    parts = []
+    files = sorted((results_dir / "tables").glob("*.md"))
+    for table in files:
+        study = table.stem
+        # The name of one study may begin with that of another.
+        longer = tuple(f"{other.stem}_" for other in files if other.stem.startswith(f"{study}_"))
+        drawn = [f for f in sorted((results_dir / "figures").glob(f"{study}_*.svg")) if not f.name.startswith(longer)]
+        headline = table.read_text(encoding="utf-8").split("\n## ")[1:2]
+        parts += [f"### {study}", "", f"All tables: [tables/{study}.md](tables/{study}.md)", ""]
+        parts += [f"**{title}**\n{body}" for title, _, body in (text.partition("\n") for text in headline)]
+        parts += [f"![{figure.stem}](figures/{figure.name})\n" for figure in drawn]
+    write(path, f"{before}{begin}\n\n" + "\n".join(parts) + f"\n{end}{after}")

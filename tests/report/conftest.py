@@ -1,0 +1,86 @@
+"""Synthetic run directories."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+SGD = {"_target_": "torch.optim.SGD", "lr": 0.2}
+ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.001}
+
+
+@pytest.fixture
+def runs_dir(tmp_path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def results_dir(tmp_path) -> Path:
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def write_run(runs_dir):
+    """Write the record of one run: a dense layer of `width`, or with `depth` a tree with leaves of `width`."""
+
+    def write(
+        study="study", *, width=8, depth=None, mode="soft", optimizer=SGD, seed=0, history=None, **metrics
+    ) -> Path:
+        tree = depth is not None
+        leaves = 2**depth if tree else 1
+        layer = (
+            {"_target_": "fff.FFF", "leaf_width": width, "depth": depth, "mode": mode, "balance_weight": 0.1}
+            if tree
+            else {"_target_": "fff.FeedForward", "hidden_features": width}
+        )
+        config = {
+            "seed": seed,
+            "layer": layer,
+            "task": {"optimizer": optimizer, "schedules": {}},
+            "data": {"name": "usps", "seed": seed, "split_seed": 0, "root": "/a/place"},
+        }
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        run_id = f"{'fff' if tree else 'feedforward'}-usps-s{seed}-{digest[:10]}"
+        metrics = {
+            "ma": 0.9,
+            "ma_epochs": 20,
+            "ga": 0.8,
+            "ga_epochs": 10,
+            "ga_soft": 0.7 if tree else None,
+            "diverged": False,
+            "leaves_used": leaves,
+            "num_leaves": leaves,
+            "largest_leaf_share": 1 / leaves,
+            "leaf_load": [10] * leaves,
+            "node_entropy": 0.2 if tree else None,
+            "parameters": 100 * leaves,
+            "training_width": width * leaves,
+            "inference_width": width,
+            "training_size": width * leaves + leaves - 1,
+            "inference_size": width + (depth or 0),
+            "flops_per_row": 1000,
+        } | metrics
+        record = {
+            "schema": 1,
+            "study": study,
+            "run_id": run_id,
+            "config": config,
+            "config_hash": digest,
+            "seed": seed,
+            "status": "finished",
+            "metrics": metrics,
+            "history": history
+            or {"epoch": [1, 2], "train_loss": [2.0, 1.0], "node_entropy": [0.6 if tree else None] * 2},
+            "wall_time_s": 1.5,
+            "hardware": {"cores": 2},
+            "versions": {"torch": "2"},
+            "git_commit": "abc",
+            "backend": "dense",
+        }
+        path = runs_dir / study / run_id / "result.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record))
+        return path
+
+    return write

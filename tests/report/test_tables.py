@@ -1,0 +1,201 @@
+"""Numbers of the tables worked by hand, the paper's cells beside them, and the same bytes from the same CSV."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.tables import main
+from fff.report.cells import label, read_runs, summarize
+from fff.report.records import update
+from fff.report.study import load, publish, report, studies
+
+ROOT = Path(__file__).resolve().parents[2]
+ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.001}
+
+
+@pytest.fixture
+def summary(runs_dir, results_dir):
+    def make():
+        update("study", runs_dir, results_dir)
+        return label(summarize(read_runs(results_dir / "runs" / "study.csv")))
+
+    return make
+
+
+def cells_of(markdown: str, *words: str) -> list[str]:
+    """The cells of the first line of a Markdown table that begins with these words."""
+    for line in markdown.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if tuple(cells[: len(words)]) == words:
+            return cells[len(words) :]
+    raise AssertionError(f"no line {words} in\n{markdown}")
+
+
+def test_best_mean_and_sample_deviation(write_run, summary):
+    for seed, ga in enumerate((0.8, 0.9, 1.0)):
+        best = write_run(depth=1, seed=seed, ga=ga, leaves_used=1 + seed % 2)
+    (cell,) = summary().to_dict("records")
+    assert cell["n"] == 3
+    assert cell["ga_best"] == 1.0
+    assert cell["best_ga_run"] == best.parent.name
+    assert cell["ga_mean"] == pytest.approx(0.9)
+    assert cell["ga_std"] == pytest.approx(0.1)  # sqrt((0.01 + 0 + 0.01) / 2)
+    assert cell["leaves_used"] == pytest.approx(4 / 3)
+
+
+def test_diverged_runs_count(write_run, summary):
+    write_run(depth=1, seed=0, ga=0.9)
+    write_run(depth=1, seed=1, ga=0.1, diverged=True)
+    write_run(depth=1, seed=2, ga=None, ma=None, diverged=True)
+    (cell,) = summary().to_dict("records")
+    assert (cell["n"], cell["diverged"]) == (3, 2)
+    assert cell["ga_mean"] == pytest.approx(0.5)
+
+
+def test_one_run_has_no_deviation(write_run, summary, results_dir):
+    write_run(depth=1)
+    assert math.isnan(summary()["ga_std"][0])
+    assert "80.0 ± –" in publish(load("study", results_dir))
+
+
+def test_settings_tell_cells_apart_and_say_no_more(write_run, summary):
+    write_run(width=128)
+    write_run(depth=4)
+    # The optimiser changes with the mode and would say nothing new.
+    write_run(depth=4, mode="straight_through", optimizer=ADAMW)
+    write_run(depth=10, mode="straight_through", optimizer=ADAMW)
+    cells = summary()
+    assert list(zip(cells["layer"], cells["settings"], strict=True)) == [
+        ("FeedForward", ""),
+        ("FFF", "mode=soft, depth=4"),
+        ("FFF", "mode=straight_through, depth=4"),
+        ("FFF", "mode=straight_through, depth=10"),
+    ]
+    assert list(cells["family"]) == ["FeedForward", "FFF (soft)"] + ["FFF (straight_through)"] * 2
+
+
+def test_seeds_do_not_tell_cells_apart(write_run, summary):
+    """Runs of different single seeds have different data seeds too."""
+    write_run(depth=1, seed=0)
+    write_run(depth=2, seed=1)
+    assert list(summary()["settings"]) == ["depth=1", "depth=2"]
+
+
+def test_generic_table(write_run, summary, results_dir):
+    write_run(width=128, seed=0)
+    write_run(depth=4, seed=0, leaves_used=3, largest_leaf_share=0.5)
+    summary()
+    text = publish(load("study", results_dir))
+    header = cells_of(text, "layer")
+    tree = dict(zip(header, cells_of(text, "FFF"), strict=True))
+    assert tree["leaves in use"] == "3.0 / 16"
+    assert tree["largest %"] == "50.0"
+    assert tree["GA best"] == "80.0"
+    assert (tree["n"], tree["diverged"]) == ("1", "0")
+    dense = dict(zip(header, cells_of(text, "FeedForward"), strict=True))
+    assert dense["leaves in use"] == dense["largest %"] == dense["GA soft"] == "–"
+
+
+@pytest.fixture
+def usps(write_run, runs_dir, results_dir):
+    for seed, ga in enumerate((0.90, 0.92)):
+        write_run("table1_usps", depth=3, seed=seed, ga=ga, ma=0.99 + ga / 1000, leaves_used=2 - seed)
+    write_run("table1_usps", depth=3, mode="straight_through", optimizer=ADAMW, ga=0.931)
+    write_run("table1_usps", width=64)
+    update("table1_usps", runs_dir, results_dir)
+    return results_dir
+
+
+def test_table1_sets_ours_beside_the_paper(usps):
+    text = publish(load("table1_usps", usps))
+    best, means, routing, runs = text.split("\n## ")[1:]
+    assert cells_of(best, "model", "leaf width", "source") == ["16", "32", "64", "128"]
+    # Leaf width 8, training width 64 in Tables 1 and 4 of the paper: 99.2 / 92.3, 99.2 ± 0.4 / 92.3 ± 0.7.
+    assert cells_of(best, "FFF", "8", "paper")[2] == "99.2 / 92.3"
+    assert cells_of(best, "FFF", "8", "paper's recipe") == ["–", "–", "99.1 / 92.0", "–"]
+    assert cells_of(best, "FFF", "8", "our recipe") == ["–", "–", "90.0 / 93.1", "–"]
+    assert cells_of(best, "FF", "–", "paper")[0] == "100.0 / 93.1"
+    assert cells_of(best, "FF", "–", "paper's recipe")[2] == "90.0 / 80.0"
+    assert cells_of(means, "FFF", "8", "paper")[2] == "99.2 ± 0.4 / 92.3 ± 0.7"
+    assert cells_of(means, "FFF", "8", "paper's recipe")[2] == "99.1 ± 0.0 / 91.0 ± 1.4"
+    assert cells_of(routing, "leaves in use", "FFF", "8", "paper's recipe")[2] == "1.5 / 8"
+    assert cells_of(routing, "GA hard / soft", "FFF", "8", "our recipe")[2] == "93.1 / 70.0"
+    assert cells_of(runs, "runs (diverged)", "FFF", "8", "paper's recipe")[2] == "2 (0)"
+
+
+def test_table1_without_any_reference_shows_missing_cells(usps, monkeypatch):
+    import pandas as pd
+
+    monkeypatch.setattr("fff.report.paper.reference", lambda *_: pd.DataFrame())
+    assert cells_of(publish(load("table1_usps", usps)), "FFF", "8", "paper") == ["–"] * 4
+
+
+def test_table1_refuses_to_mix_two_configurations(write_run, usps, runs_dir):
+    write_run("table1_usps", depth=3, optimizer={"_target_": "torch.optim.SGD", "lr": 0.1})
+    update("table1_usps", runs_dir, usps)
+    with pytest.raises(ValueError, match="2 configurations"):
+        report(load("table1_usps", usps))
+
+
+def test_latex_escapes_and_has_every_row(usps):
+    publish(load("table1_usps", usps))
+    text = (usps / "tables" / "table1_usps.tex").read_text()
+    assert r"99.2 $\pm$ 0.4 / 92.3 $\pm$ 0.7" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 4
+    assert "–" not in text and "±" not in text
+
+
+def test_same_csv_gives_the_same_bytes(usps, runs_dir):
+    """A second process, other hash seed, no run directories."""
+    (usps / "README.md").write_text("before\n<!-- generated: begin -->\nold\n<!-- generated: end -->\nafter\n")
+
+    def files():
+        return {path: path.read_bytes() for path in usps.rglob("*") if path.is_file() and path.parent.name != "runs"}
+
+    assert main(["table1_usps", "--runs-dir", str(runs_dir), "--results-dir", str(usps)]) == 0
+    first = files()
+    assert {path.name for path in first} >= {
+        *(f"table1_usps.{kind}" for kind in ("md", "tex", "csv")),
+        *(f"table1_usps_{name}.{kind}" for name in ("paper", "entropy", "leaves") for kind in ("svg", "png")),
+    }
+    for path in first:
+        if path.name != "README.md":
+            path.unlink()
+    subprocess.run(
+        [sys.executable, "-m", "experiments.tables", "--runs-dir", "nowhere", "--results-dir", str(usps)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        check=True,
+        capture_output=True,
+    )
+    assert files() == first
+    readme = (usps / "README.md").read_text()
+    assert readme.startswith("before") and readme.endswith("after\n") and "old" not in readme
+    assert "(figures/table1_usps_paper.svg)" in readme and "best of n runs" in readme
+
+
+def test_command_reports_and_goes_on(write_run, runs_dir, results_dir, capsys):
+    write_run("a", depth=1)
+    broken = write_run("a", depth=2)
+    broken.write_text("{")
+    options = ["--runs-dir", str(runs_dir), "--results-dir", str(results_dir)]
+    assert main(["missing", "a", *options]) == 1
+    printed = capsys.readouterr()
+    assert "missing" in printed.err and str(broken) in printed.err
+    assert cells_of(printed.out, "FFF")
+    assert main(options) == 0
+    assert studies(runs_dir, results_dir) == ["a"]
+
+
+def test_command_without_records_says_so(tmp_path, capsys):
+    assert main(["--runs-dir", str(tmp_path / "a"), "--results-dir", str(tmp_path / "b")]) == 1
+    assert "no records" in capsys.readouterr().err
+
+
+def test_command_loads_no_torch():
+    code = "import sys, experiments.tables; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
