@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fff.layers.check import check_positive, check_probability
+from fff.layers.check import check_choice, check_positive, check_probability
 from fff.layers.contract import Record, RoutedLayer, Size
 from fff.layers.init import uniform_fan_in_
 from fff.ops.activation import Activation, resolve_activation
-from fff.ops.expert_mlp import expert_mlp, resolve_backend
+from fff.ops.expert_mlp import expert_mlp
 
 
 class FeedForward(RoutedLayer):
@@ -17,7 +17,7 @@ class FeedForward(RoutedLayer):
 
     in_features, hidden_features, out_features: widths; out_features defaults to in_features.
     act_layer: name, callable or `nn.Module` class.  glu: gated linear unit (then w_in holds 2 L rows).
-    bias: both biases.  drop: dropout of hidden units in training.  backend: see `fff.ops.expert_mlp`.
+    bias: both biases.  drop: dropout of hidden units in training.  backend: "reference" or "dense" ("auto").
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class FeedForward(RoutedLayer):
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.act = resolve_activation(act_layer)
         self.glu, self.drop = glu, drop
-        self.backend = resolve_backend(backend, soft=True, num_choices=None)
+        check_choice("backend", backend, ("auto", "reference", "dense"))
+        self.backend = "dense" if backend == "auto" else backend
         rows = hidden_features * (2 if glu else 1)
         self.w_in = nn.Parameter(torch.empty(1, rows, in_features))
         self.b_in = nn.Parameter(torch.empty(1, rows)) if bias else None

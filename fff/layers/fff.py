@@ -16,7 +16,7 @@ from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
 from fff.layers.init import uniform_fan_in_
 from fff.ops import balance
 from fff.ops.activation import Activation, resolve_activation
-from fff.ops.expert_mlp import expert_mlp, resolve_backend
+from fff.ops.expert_mlp import BACKENDS, HARD_BACKENDS, choose_backend, expert_mlp
 from fff.ops.tree_route import (
     DENSE_LEVELS,
     Nodes,
@@ -59,6 +59,8 @@ class FFF(RoutedLayer):
     balance_weight: times `leaf_balance` when soft, times `path_balance` when hard; 1 each where leaves are used evenly.
     node_balance_weight: times the per-node balance of soft decision trees, over the first 7 levels in hard modes.
     bias_update_rate: > 0 balances by decision biases without a loss; call `fff.update_biases(model)` after each step.
+    backend: of the expert computation in hard routes, see `fff.ops.expert_mlp`; the soft mixture takes "dense" unless it
+        is "reference".
     soft_eval: evaluate the soft mixture instead of the hard route; `fff.soft_evaluation(model)` sets it for a while.
 
     hardening_weight, balance_weight, node_balance_weight, temperature, region_leak, drop and soft_eval may be changed
@@ -124,8 +126,7 @@ class FFF(RoutedLayer):
         )
         if not temperature > 0:
             raise ValueError(f"temperature={temperature!r} must be > 0")
-        if backend not in ("auto", "reference"):
-            resolve_backend(backend, soft=backend == "dense", num_choices=None)
+        check_choice("backend", backend, ("auto", *BACKENDS))
         self.in_features, self.leaf_width, self.out_features, self.depth = in_features, leaf_width, out_features, depth
         self.mode, self.soft_gate, self.soft_eval, self.backend = mode, soft_gate, soft_eval, backend
         self.act, self.glu, self.drop = resolve_activation(act_layer), glu, drop
@@ -232,12 +233,9 @@ class FFF(RoutedLayer):
             if self.training or self.mode == "gated" or self.top_k > 1:
                 visited = path_logits(rows, nodes, route.node, top)
             gate = self._hard_gate(visited, route)
-        backend = resolve_backend(
-            "auto" if soft and self.backend != "reference" else self.backend,
-            soft=soft,
-            num_choices=None if soft or torch.compiler.is_compiling() else index.numel(),
-            exporting=torch.compiler.is_exporting(),
-        )
+        # A backend for chosen leaves cannot run the soft mixture; that one is "dense" then.
+        wanted = "auto" if soft and self.backend in HARD_BACKENDS else self.backend
+        backend = choose_backend(wanted, rows, index, self.w_out)
         compute = partial(
             expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0
         )

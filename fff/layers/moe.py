@@ -18,7 +18,7 @@ from fff.layers.contract import Record, RoutedLayer, Size
 from fff.layers.init import uniform_fan_in_
 from fff.ops import balance, top_k_route
 from fff.ops.activation import Activation, resolve_activation
-from fff.ops.expert_mlp import expert_mlp, resolve_backend
+from fff.ops.expert_mlp import HARD_BACKENDS, choose_backend, expert_mlp
 from fff.ops.top_k_route import TopKRoute
 
 Router = Literal["noisy_top_k", "switch", "mixtral", "soft", "sigmoid", "expert_choice"]
@@ -98,7 +98,7 @@ class MoE(RoutedLayer):
             raise ValueError(f"load_weight={load_weight!r} needs the noise of router='noisy_top_k', not {router!r}")
         if bias_update_rate and router != "sigmoid":
             raise ValueError(f"bias_update_rate={bias_update_rate!r} needs router='sigmoid', not {router!r}")
-        resolve_backend(backend, soft=router == "soft", num_choices=None)
+        check_choice("backend", backend, ("auto", "reference", "dense", *(() if router == "soft" else HARD_BACKENDS)))
         self.in_features, self.expert_width, self.out_features = in_features, expert_width, out_features
         self.num_experts, self.top_k, self.router, self.capacity_factor = num_experts, top_k, router, capacity_factor
         self.importance_weight, self.load_weight = importance_weight, load_weight
@@ -159,16 +159,11 @@ class MoE(RoutedLayer):
         route = chosen = self._route(rows)
         if self.training and self.capacity_factor is not None and self.router != "expert_choice":
             route = top_k_route.apply_capacity(chosen, self._capacity(rows, self.capacity_factor))
-        backend = resolve_backend(
-            self.backend,
-            soft=soft,
-            num_choices=None if torch.compiler.is_compiling() else route.index.numel(),
-            exporting=torch.compiler.is_exporting(),
-        )
         compute = partial(
             expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0
         )
         index, gate = None if soft else route.index, route.gate.to(rows.dtype)
+        backend = choose_backend(self.backend, rows, index, self.w_out)
         y = compute(rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out, backend=backend)
         if self.shared_width:
             y = y + compute(

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from fff.ops.activation import ACTIVATIONS
-from fff.ops.expert_mlp import GATHER_CHOICES, expert_mlp, resolve_backend
+from fff.ops.expert_mlp import GATHER_CHOICES, Problem, expert_mlp, resolve_backend
 from fff.ops.expert_mlp.grouped import grouped_linear
 
-HARD = ["grouped", "gather"]
+HARD = ["grouped", "gather", "dense"]
 
 
 def parameters(d, experts, width, out, *, glu=False, bias=True, dtype=torch.float64):
@@ -169,17 +169,21 @@ def test_autocast_computes_in_its_type():
 
 
 def test_auto_backend():
-    assert resolve_backend("auto", soft=True, num_choices=None) == "dense"
-    assert resolve_backend("auto", soft=False, num_choices=GATHER_CHOICES) == "gather"
-    assert resolve_backend("auto", soft=False, num_choices=GATHER_CHOICES + 1) == "grouped"
-    assert resolve_backend("auto", soft=False, num_choices=10**6, exporting=True) == "gather"
+    soft = Problem(2048, 768, 128, 32, 768, None)
+    assert resolve_backend("auto", soft) == "dense"
+    hard = soft._replace(choices=1)
+    assert resolve_backend("auto", hard) == "grouped"
+    assert resolve_backend("auto", hard._replace(rows=GATHER_CHOICES)) == "gather"
+    assert resolve_backend("auto", Problem(256, 256, 128, 1, 10, 1)) == "dense"  # 128 tiny matmuls would cost more
+    assert resolve_backend("auto", Problem(8, 256, 32768, 1, 10, 1)) == "grouped"  # few experts are hit
+    assert resolve_backend("auto", hard, exporting=True) == "gather"
+    assert resolve_backend("auto", Problem(256, 256, 128, 1, 10, 1), compiling=True) == "grouped"
 
 
 @pytest.mark.parametrize(
     "kwargs, named",
     [
         ({"backend": "cuda"}, "backend='cuda'"),
-        ({"backend": "dense"}, "backend='dense'"),
         ({"activation": "rellu"}, "activation='rellu'"),
         ({"glu": True}, "w_in has 2 rows"),
     ],
@@ -188,3 +192,8 @@ def test_bad_arguments_are_named(kwargs, named):
     weights = parameters(4, 3, 2, 3)
     with pytest.raises(ValueError, match=named):
         expert_mlp(torch.randn(5, 4).double(), torch.zeros(5, 1, dtype=torch.int64), None, *weights, **kwargs)
+
+
+def test_a_backend_for_chosen_experts_needs_an_index():
+    with pytest.raises(ValueError, match="backend='grouped' needs an index"):
+        expert_mlp(torch.randn(5, 4).double(), None, None, *parameters(4, 3, 2, 3), backend="grouped")

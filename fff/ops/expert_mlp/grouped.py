@@ -14,12 +14,12 @@ from torch import Tensor
 from fff.ops.expert_mlp.hidden import hidden_units
 
 
-def _hit(offset: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of every non-empty group; one host synchronisation, no work per empty group."""
+def _hit(offset: Tensor) -> tuple[list[int], list[int]]:
+    """Experts with rows, and how many each has; one host synchronisation, no host work per empty group."""
     count = offset.diff()
     expert = torch.nonzero(count).squeeze(1)
-    start = offset[expert]
-    return list(zip(expert.tolist(), start.tolist(), (start + count[expert]).tolist(), strict=True))
+    experts, counts = torch.stack([expert, count[expert]]).tolist()
+    return experts, counts
 
 
 @torch.library.custom_op("fff::grouped_linear", mutates_args=())
@@ -29,13 +29,16 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tenso
     Rows offset[e]:offset[e + 1] belong to group e; rows after the last offset give zeros.
     """
     y = x.new_empty(x.shape[0], weight.shape[2])
-    end = 0
-    for e, start, end in _hit(offset):
+    experts, counts = _hit(offset)
+    rest = x.shape[0] - sum(counts)
+    *groups, _ = x.split([*counts, rest])
+    *outputs, unused = y.split([*counts, rest])
+    unused.zero_()
+    for e, rows, out in zip(experts, groups, outputs, strict=True):
         if bias is None:
-            torch.mm(x[start:end], weight[e], out=y[start:end])
+            torch.mm(rows, weight[e], out=out)
         else:
-            torch.addmm(bias[e], x[start:end], weight[e], out=y[start:end])
-    y[end:] = 0
+            torch.addmm(bias[e], rows, weight[e], out=out)
     return y
 
 
@@ -53,13 +56,18 @@ def grouped_linear_backward(
     # zeros_like keeps the strides of a transposed weight, so that the gradient lies in memory as the parameter does.
     grad_weight = torch.zeros_like(weight) if need_weight else x.new_empty(0)
     grad_bias = x.new_zeros(weight.shape[0], weight.shape[2]) if need_bias else x.new_empty(0)
-    for e, start, end in _hit(offset):
-        if need_x:
-            torch.mm(grad[start:end], weight[e].T, out=grad_x[start:end])
-        if need_weight:
-            torch.mm(x[start:end].T, grad[start:end], out=grad_weight[e])
-        if need_bias:
-            torch.sum(grad[start:end], 0, out=grad_bias[e])
+    experts, counts = _hit(offset)
+    kept = sum(counts)
+    grads = grad[:kept].split(counts)
+    if need_x:
+        for e, rows, out in zip(experts, grads, grad_x[:kept].split(counts), strict=True):
+            torch.mm(rows, weight[e].T, out=out)
+    if need_weight:
+        for e, inputs, rows in zip(experts, x[:kept].split(counts), grads, strict=True):
+            torch.mm(inputs.T, rows, out=grad_weight[e])
+    if need_bias:
+        group = torch.repeat_interleave(offset.diff(), output_size=kept)
+        grad_bias.index_add_(0, group, grad[:kept])
     return grad_x, grad_weight, grad_bias
 
 
