@@ -176,7 +176,9 @@ def test_path_balance_is_1_on_an_even_tree_and_grows_with_collapse():
     leaf = torch.arange(8)
     child = torch.stack([(leaf >> (2 - m)) + 2 ** (m + 1) - 1 for m in range(3)], dim=1)
     assert balance.path_balance(child, torch.rand(8, 3), 3).item() == pytest.approx(1)
-    assert balance.path_balance(child[[5] * 8], (child[[5] * 8] % 2 == 0).float(), 3).item() == pytest.approx(2 + 4 + 8 - 2)
+    one_leaf = child[[5] * 8]
+    sure = (one_leaf % 2 == 0).float()
+    assert balance.path_balance(one_leaf, sure, 3).item() == pytest.approx(2 + 4 + 8 - 2)
 
 
 def test_path_balance_of_depth_1_is_the_switch_loss():

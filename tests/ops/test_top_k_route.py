@@ -37,6 +37,13 @@ def test_largest_first_and_of_equal_ones_the_lower_index(row, k):
     assert index == sorted(range(12), key=lambda i: (-rank[i], i))[:k]
 
 
+@pytest.mark.parametrize("k", [2, 8, 9, 300])
+def test_ties_among_many_experts(k):
+    logits = torch.randint(3, (20, 1000)).float()
+    expected = [sorted(range(1000), key=lambda i, row=row: (-row[i], i))[:k] for row in logits.tolist()]
+    assert top_k_route.mixtral(logits, k).index.tolist() == expected
+
+
 @pytest.mark.parametrize("k", [0, 4, -1])
 def test_impossible_k(k):
     with pytest.raises(ValueError, match=f"k={k}"):
