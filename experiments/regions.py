@@ -54,6 +54,11 @@ def train(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, epochs: int) -> FF
     return layer.eval()
 
 
+def grid_points(x: Tensor, y: Tensor) -> Tensor:
+    """(H W, 2) points of the grid, row by row of y."""
+    return torch.cartesian_prod(y, x).flip(-1)
+
+
 @torch.no_grad()
 def route(layer: FFF, x: Tensor) -> tuple[Tensor, Tensor]:
     """Leaf of the hard route and predicted class of each row; leaves the layer with the record of these rows."""
@@ -96,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     (x, y), _ = sets
     low, high = x.min(0).values - 0.4, x.max(0).values + 0.4
     axes = [torch.linspace(low[i], high[i], GRID) for i in range(2)]
-    grid = torch.cartesian_prod(axes[1], axes[0]).flip(-1)
+    grid = grid_points(*axes)
 
     runs, leaves, labels = [], [], []
     for recipe in RECIPES:

@@ -46,17 +46,16 @@ def read_runs(path: Path) -> pd.DataFrame:
     return runs
 
 
-def summarize(runs: pd.DataFrame, by: Sequence[str] = ("cell",)) -> pd.DataFrame:
-    """One row per group of runs, in order of first appearance, with the configuration columns that it shares.
+def summarize(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
+    """One row per cell, in order of first appearance, with its configuration and the columns `keep`, which no run of a
+    cell has otherwise than the rest.
 
     n counts every run, diverged ones too, and each enters with its metrics as they are; the standard deviation is that
     of a sample (divisor n - 1), nan for one run. best_*_run is the run that gave the best value.
     """
-    shared = config_columns(runs.columns)
     rows = []
-    for key, group in runs.groupby(list(by), sort=False, dropna=False):
-        row = dict(zip(by, key, strict=True))
-        row |= {name: group[name].iloc[0] for name in shared if name not in row and group[name].nunique() == 1}
+    for _, group in runs.groupby("cell", sort=False):
+        row = group.iloc[0][["cell", *keep, *config_columns(runs.columns)]].to_dict()
         row |= {"n": len(group), "diverged": int(group["metrics.diverged"].sum())}
         for name in _ACCURACIES:
             values = group[f"metrics.{name}"].dropna()
@@ -81,8 +80,6 @@ def distinguishing(cells: pd.DataFrame) -> list[str]:
     taken: list[str] = []
     groups = 1
     for name in ordered:
-        if cells[name].isna().any():
-            continue
         count = cells.groupby([*taken, name], dropna=False).ngroups
         if count > groups:
             taken, groups = [*taken, name], count

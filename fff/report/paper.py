@@ -60,7 +60,7 @@ def table1(data: StudyData, dataset: str) -> Report:
     if runs.empty:
         raise ValueError(f"{data.name} has no run of a dense layer or a tree with SGD or Adam")
     runs["width"] = runs["width"].astype(int)
-    summary = summarize(runs, by=[*_KEY, "cell"])
+    summary = summarize(runs, keep=_KEY)
     mixed = summary[summary.duplicated(_KEY, keep=False)]
     if len(mixed):
         first = mixed.iloc[0]

@@ -1,0 +1,33 @@
+"""The producer's record is what the layout draws."""
+
+import json
+
+import numpy as np
+
+from experiments import regions, tables
+
+
+def test_record_is_drawn(tmp_path, capsys):
+    assert regions.main(["--epochs", "1", "--results-dir", str(tmp_path)]) == 0
+    with np.load(tmp_path / "runs" / "regions.npz") as record:
+        meta = json.loads(record["meta"].item())
+        grids = record["leaf"].shape, record["label"].shape
+    assert grids == ((2, regions.GRID, regions.GRID),) * 2
+    assert {"runs", "git_commit", "versions", "hardware"} == set(meta)
+    capsys.readouterr()
+    assert tables.main(["regions", "--runs-dir", str(tmp_path), "--results-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for run in meta["runs"]:
+        assert f"{run['leaves_used']} / 8" in printed
+    assert (tmp_path / "figures" / "regions_map.png").stat().st_size > 10_000
+
+
+def test_grid_is_read_as_rows_of_y():
+    """A layer that only looks at x must give columns."""
+    import torch
+
+    x = torch.linspace(0, 1, 3)
+    y = torch.linspace(5, 6, 2)
+    grid = regions.grid_points(x, y)
+    assert grid.view(2, 3, 2)[:, :, 0].tolist() == [[0, 0.5, 1]] * 2
+    assert grid.view(2, 3, 2)[:, :, 1].tolist() == [[5, 5, 5], [6, 6, 6]]
