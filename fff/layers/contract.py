@@ -18,7 +18,8 @@ class TreeTrace(NamedTuple):
     """Node logits of one forward pass over P trees of depth d, detached.
 
     top: (T, P, M) all nodes of the first levels, M = 2^levels - 1.
-    node, logit: (T, P, V) heap index and logit of the deeper nodes that single rows visited; None where there are none.
+    node, logit: (T, P, V) heap index and logit of the deeper nodes that single rows visited; None where there are none,
+        and in evaluation of a single leaf with weight 1, which has no use for path probabilities.
     """
 
     top: Tensor

@@ -20,14 +20,15 @@ from fff.ops.expert_mlp import BACKENDS, HARD_BACKENDS, choose_backend, expert_m
 from fff.ops.tree_route import (
     DENSE_LEVELS,
     Nodes,
-    Route,
+    Path,
     additive_leaf_probability,
-    beam_route,
+    beam_leaves,
     dense_logits,
-    hard_route,
+    greedy_leaf,
     leaf_probability,
     path_log_probability,
     path_logits,
+    path_to,
 )
 
 Mode = Literal["soft", "straight_through", "gated"]
@@ -201,11 +202,12 @@ class FFF(RoutedLayer):
             self.act,
         )
 
-    def _route(self, x: Tensor, nodes: Nodes, top: Tensor, leak: float) -> Route:
+    def _leaves(self, x: Tensor, nodes: Nodes, top: Tensor, leak: float) -> Tensor:
+        """(T, P, K) chosen leaves, counted within each tree."""
         bias = None if self.decision_bias is None else self.decision_bias.view(self.num_trees, -1)
         if self.beam_width == 1:
-            return hard_route(x, nodes, self.depth, top, decision_bias=bias, region_leak=leak)
-        return beam_route(
+            return greedy_leaf(x, nodes, self.depth, top, decision_bias=bias, region_leak=leak)
+        return beam_leaves(
             x, nodes, self.depth, top, top_k=self.top_k, beam_width=self.beam_width, decision_bias=bias
         )
 
@@ -222,17 +224,18 @@ class FFF(RoutedLayer):
         top = dense_logits(rows, nodes, self.depth if soft else min(self.depth, DENSE_LEVELS))
         leak = self.region_leak if self.training else 0.0
         # When soft, the leak swaps probabilities; the route that is counted stays that of the logits.
-        route = self._route(rows, nodes, top, 0.0 if soft else leak)
-        visited = None
+        leaf = self._leaves(rows, nodes, top, 0.0 if soft else leak)
+        path = visited = None
         if soft:
             probability = self._leaf_probability(top, leak)
             index, gate = None, probability.flatten(1)
         else:
-            index = self._expert_index(route.leaf)
+            index = self._expert_index(leaf)
             # Only these need the probability of the path; hard evaluation with one leaf per tree does not.
             if self.training or self.mode == "gated" or self.top_k > 1:
-                visited = path_logits(rows, nodes, route.node, top)
-            gate = self._hard_gate(visited, route)
+                path = path_to(leaf, self.depth)
+                visited = path_logits(rows, nodes, path.node, top)
+            gate = self._hard_gate(visited, path)
         # A backend for chosen leaves cannot run the soft mixture; that one is "dense" then.
         wanted = "auto" if soft and self.backend in HARD_BACKENDS else self.backend
         backend = choose_backend(wanted, rows, index, self.w_out)
@@ -249,8 +252,8 @@ class FFF(RoutedLayer):
         if not torch.compiler.is_exporting():
             losses = {}
             if self.training and self.depth:
-                losses = self._soft_losses(top, route, probability) if soft else self._hard_losses(top, visited, route)
-            self.record = self._record(losses, top, visited, route, backend)
+                losses = self._soft_losses(top, leaf, probability) if soft else self._hard_losses(top, visited, path)
+            self.record = self._record(losses, top, visited, path, leaf, backend)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _leaf_probability(self, logits: Tensor, leak: float) -> Tensor:
@@ -258,23 +261,23 @@ class FFF(RoutedLayer):
             return additive_leaf_probability(logits, temperature=self.temperature)
         return leaf_probability(logits, temperature=self.temperature, region_leak=leak)
 
-    def _hard_gate(self, visited: Tensor | None, route: Route) -> Tensor | None:
+    def _hard_gate(self, visited: Tensor | None, path: Path | None) -> Tensor | None:
         if visited is None:
             return None
-        log_p = path_log_probability(visited, route.right, self.temperature)
+        log_p = path_log_probability(visited, path.right, self.temperature)
         if self.mode != "gated":
             # p / stop_gradient(sum p): the weights add up to 1 and keep the gradient of each p; for one leaf the value
             # is exactly 1, as exp(0) is.
             log_p = log_p - log_p.logsumexp(-1, keepdim=True).detach()
         return log_p.exp().flatten(1)
 
-    def _soft_losses(self, logits: Tensor, route: Route, probability: Tensor) -> dict[str, Tensor]:
+    def _soft_losses(self, logits: Tensor, leaf: Tensor, probability: Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.hardening_weight:
             losses["hardening"] = balance.hardening_entropy(logits)
         if self.balance_weight:
             losses["balance"] = _mean_over_trees(
-                [balance.leaf_balance(probability[:, p], route.leaf[:, p]) for p in range(self.num_trees)]
+                [balance.leaf_balance(probability[:, p], leaf[:, p]) for p in range(self.num_trees)]
             )
         if self.node_balance_weight:
             losses["node_balance"] = _mean_over_trees(
@@ -282,12 +285,12 @@ class FFF(RoutedLayer):
             )
         return losses
 
-    def _hard_losses(self, top: Tensor, visited: Tensor, route: Route) -> dict[str, Tensor]:
+    def _hard_losses(self, top: Tensor, visited: Tensor, path: Path) -> dict[str, Tensor]:
         losses = {}
         if self.hardening_weight:
             losses["hardening"] = balance.hardening_entropy(visited)
         if self.balance_weight:
-            child = 2 * route.node + 1 + route.right.to(torch.int64)
+            child = 2 * path.node + 1 + path.right.to(torch.int64)
             right = torch.sigmoid(visited / self.temperature)
             losses["balance"] = _mean_over_trees(
                 [
@@ -300,7 +303,13 @@ class FFF(RoutedLayer):
         return losses
 
     def _record(
-        self, losses: dict[str, Tensor], top: Tensor, visited: Tensor | None, route: Route, backend: str
+        self,
+        losses: dict[str, Tensor],
+        top: Tensor,
+        visited: Tensor | None,
+        path: Path | None,
+        leaf: Tensor,
+        backend: str,
     ) -> Record:
         aux = top.new_zeros(())
         for name, loss in losses.items():
@@ -311,11 +320,11 @@ class FFF(RoutedLayer):
             trace = TreeTrace(
                 top.detach(),
                 self.depth,
-                route.node[..., levels:].flatten(2),
+                path.node[..., levels:].flatten(2),
                 visited.detach()[..., levels:].flatten(2),
             )
         raw = {name: loss.detach() for name, loss in losses.items()}
-        return Record(aux, raw, self._expert_index(route.leaf), self.num_leaves, backend, trace)
+        return Record(aux, raw, self._expert_index(leaf), self.num_leaves, backend, trace)
 
     @torch.no_grad()
     def update_bias(self) -> None:

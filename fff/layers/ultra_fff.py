@@ -17,7 +17,7 @@ from fff.layers.check import check_choice, check_positive
 from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
 from fff.layers.init import uniform_fan_in_
 from fff.ops.activation import Activation, resolve_activation
-from fff.ops.tree_route import DENSE_LEVELS, Nodes, dense_logits, hard_route, path_logits
+from fff.ops.tree_route import DENSE_LEVELS, Nodes, dense_logits, greedy_leaf, path_logits, path_to
 
 MAX_DEPTH = 15
 
@@ -80,9 +80,9 @@ class UltraFFF(RoutedLayer):
         levels = min(self.depth + 1, DENSE_LEVELS)
         top = dense_logits(rows, nodes, levels)
         # The walk takes depth decisions; the neuron that it ends in is the last one on the path.
-        route = hard_route(rows, nodes, self.depth, top[..., : 2 ** min(self.depth, levels) - 1])
-        last = (2**self.depth - 1 + route.leaf).unsqueeze(-1)
-        node = torch.cat([route.node, last], dim=-1)
+        leaf = greedy_leaf(rows, nodes, self.depth, top[..., : 2 ** min(self.depth, levels) - 1])
+        last = (2**self.depth - 1 + leaf).unsqueeze(-1)
+        node = torch.cat([path_to(leaf, self.depth).node, last], dim=-1)
         logit = path_logits(rows, nodes, node, top)
         tree = torch.arange(self.num_trees, device=x.device).view(1, -1, 1)
         index = (node.squeeze(2) + tree * neurons).flatten(1)
@@ -93,14 +93,14 @@ class UltraFFF(RoutedLayer):
         else:
             y = F.embedding_bag(index, self.w_out, per_sample_weights=hidden.to(self.w_out.dtype), mode="sum")
         if not torch.compiler.is_exporting():
-            leaf = (route.leaf.squeeze(2) + tree.squeeze(2) * 2**self.depth).flatten(1)
+            index = (leaf.squeeze(2) + tree.squeeze(2) * 2**self.depth).flatten(1)
             decisions = min(self.depth, levels)
             trace = TreeTrace(top.detach()[..., : 2**decisions - 1], self.depth)
             if self.depth > levels:
                 deep = slice(levels, self.depth)
                 trace = trace._replace(node=node[..., deep].flatten(2), logit=logit.detach()[..., deep].flatten(2))
             self.record = Record(
-                x.new_zeros(()), {}, leaf, self.num_trees * 2**self.depth, self.backend, trace
+                x.new_zeros(()), {}, index, self.num_trees * 2**self.depth, self.backend, trace
             )
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from fff.ops.tree_route import (
     Nodes,
     additive_leaf_probability,
-    beam_route,
+    beam_leaves,
     dense_logits,
     gathered_logits,
-    hard_route,
+    greedy_leaf,
     leaf_probability,
     path_log_probability,
     path_logits,
@@ -31,9 +31,9 @@ def make_nodes(trees, depth, d, width=1, dtype=torch.float64):
     )
 
 
-def route_of(logits, depth, **kwargs):
-    """Greedy route of one tree whose logits are given for all nodes."""
-    return hard_route(logits, Nodes(logits, None), depth, logits.unsqueeze(1), **kwargs)
+def leaf_of(logits, depth, **kwargs):
+    """Greedy leaf of one tree whose logits are given for all nodes."""
+    return greedy_leaf(logits, Nodes(logits, None), depth, logits.unsqueeze(1), **kwargs)
 
 
 def test_greedy_descent_by_hand():
@@ -46,19 +46,20 @@ def test_greedy_descent_by_hand():
             [0.0, -9.0, 0.0],  # a tie goes right, twice
         ]
     )
-    route = route_of(logits, 2)
-    assert route.leaf.flatten().tolist() == [0, 1, 2, 3]
-    assert route.node.squeeze().tolist() == [[0, 1], [0, 1], [0, 2], [0, 2]]
-    assert route.right.squeeze().tolist() == [[False, False], [False, True], [True, False], [True, True]]
+    leaf = leaf_of(logits, 2)
+    assert leaf.flatten().tolist() == [0, 1, 2, 3]
+    path = path_to(leaf, 2)
+    assert path.node.squeeze().tolist() == [[0, 1], [0, 1], [0, 2], [0, 2]]
+    assert path.right.squeeze().tolist() == [[False, False], [False, True], [True, False], [True, True]]
 
 
 def test_greedy_leaf_is_not_the_most_probable_leaf():
     # Right by a hair, then a coin flip; left would have led to a sure leaf.
     logits = torch.tensor([[0.1, 9.0, 0.0]])
-    assert route_of(logits, 2).leaf.item() == 3
+    assert leaf_of(logits, 2).item() == 3
     assert leaf_probability(logits.unsqueeze(1)).argmax().item() == 1
-    beam = beam_route(logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=1, beam_width=2)
-    assert beam.leaf.item() == 1
+    beam = beam_leaves(logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=1, beam_width=2)
+    assert beam.item() == 1
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
@@ -66,7 +67,7 @@ def test_against_the_recursion(depth):
     logits = torch.randn(11, 2**depth - 1, dtype=torch.float64)
     probability = leaf_probability(logits.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(probability, reference.leaf_probability(logits, depth))
-    assert torch.equal(route_of(logits, depth).leaf.flatten(), reference.greedy_leaf(logits, depth))
+    assert torch.equal(leaf_of(logits, depth).flatten(), reference.greedy_leaf(logits, depth))
 
 
 @settings(max_examples=30, deadline=None)
@@ -96,68 +97,69 @@ def test_route_does_not_depend_on_how_many_levels_are_dense(levels, width):
     nodes, x = make_nodes(2, 5, 6, width), torch.randn(40, 6, dtype=torch.float64)
     whole = dense_logits(x, nodes, 5)
     top = dense_logits(x, nodes, levels)
-    expected = hard_route(x, nodes, 5, whole)
-    route = hard_route(x, nodes, 5, top)
-    assert torch.equal(route.leaf, expected.leaf) and torch.equal(route.node, expected.node)
-    torch.testing.assert_close(path_logits(x, nodes, route.node, top), path_logits(x, nodes, route.node, whole))
-    beam = beam_route(x, nodes, 5, top, top_k=3, beam_width=4)
-    assert torch.equal(beam.leaf, beam_route(x, nodes, 5, whole, top_k=3, beam_width=4).leaf)
+    leaf = greedy_leaf(x, nodes, 5, top)
+    assert torch.equal(leaf, greedy_leaf(x, nodes, 5, whole))
+    node = path_to(leaf, 5).node
+    torch.testing.assert_close(path_logits(x, nodes, node, top), path_logits(x, nodes, node, whole))
+    beam = beam_leaves(x, nodes, 5, top, top_k=3, beam_width=4)
+    assert torch.equal(beam, beam_leaves(x, nodes, 5, whole, top_k=3, beam_width=4))
 
 
 def test_deep_greedy_routing_never_evaluates_all_nodes():
     nodes, x = make_nodes(1, 9, 4), torch.randn(6, 4, dtype=torch.float64)
-    expected = hard_route(x, nodes, 9, dense_logits(x, nodes, 9)).leaf
+    expected = greedy_leaf(x, nodes, 9, dense_logits(x, nodes, 9))
     # Nodes off the path below the dense levels are poisoned: touching them would show.
-    route = hard_route(x, nodes, 9, dense_logits(x, nodes, 7))
+    node = path_to(greedy_leaf(x, nodes, 9, dense_logits(x, nodes, 7)), 9).node
     poisoned = nodes._replace(weight=nodes.weight.clone())
     off_path = torch.ones(2**9 - 1, dtype=torch.bool)
     off_path[:127] = False
-    off_path[route.node.flatten()] = False
+    off_path[node.flatten()] = False
     poisoned.weight[:, off_path] = torch.nan
     top = dense_logits(x, poisoned, 7)
-    again = hard_route(x, poisoned, 9, top)
-    assert torch.equal(again.leaf, expected)
-    assert path_logits(x, poisoned, again.node, top).isfinite().all()
+    again = greedy_leaf(x, poisoned, 9, top)
+    assert torch.equal(again, expected)
+    assert path_logits(x, poisoned, path_to(again, 9).node, top).isfinite().all()
 
 
 def test_wide_beam_finds_the_most_probable_leaves():
     nodes, x = make_nodes(2, 4, 6), torch.randn(50, 6, dtype=torch.float64)
     logits = dense_logits(x, nodes, 4)
-    beam = beam_route(x, nodes, 4, logits, top_k=5, beam_width=16)
-    assert torch.equal(beam.leaf, leaf_probability(logits).topk(5, dim=-1).indices)
-    narrow = beam_route(x, nodes, 4, logits, top_k=1, beam_width=1)
-    assert torch.equal(narrow.leaf, hard_route(x, nodes, 4, logits).leaf)
+    beam = beam_leaves(x, nodes, 4, logits, top_k=5, beam_width=16)
+    assert torch.equal(beam, leaf_probability(logits).topk(5, dim=-1).indices)
+    narrow = beam_leaves(x, nodes, 4, logits, top_k=1, beam_width=1)
+    assert torch.equal(narrow, greedy_leaf(x, nodes, 4, logits))
 
 
 def test_decision_bias_decides_but_does_not_gate():
     logits = torch.tensor([[-1.0, 0.0, 0.0]])
-    assert route_of(logits, 2).leaf.item() == 1
-    biased = route_of(logits, 2, decision_bias=torch.tensor([[2.0, 0.0, -0.5]]))
-    assert biased.leaf.item() == 2
-    along = logits.unsqueeze(1).gather(2, biased.node.flatten(2)).view(biased.node.shape)
+    assert leaf_of(logits, 2).item() == 1
+    biased = leaf_of(logits, 2, decision_bias=torch.tensor([[2.0, 0.0, -0.5]]))
+    assert biased.item() == 2
+    path = path_to(biased, 2)
+    along = logits.unsqueeze(1).gather(2, path.node.flatten(2)).view(path.node.shape)
     expected = torch.sigmoid(torch.tensor(-1.0)) * torch.sigmoid(torch.tensor(0.0))
-    torch.testing.assert_close(path_log_probability(along, biased.right).exp().squeeze(), expected)
-    wide = beam_route(
+    torch.testing.assert_close(path_log_probability(along, path.right).exp().squeeze(), expected)
+    wide = beam_leaves(
         logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=1, beam_width=2,
         decision_bias=torch.tensor([[2.0, 0.0, -0.5]]),
     )  # fmt: skip
-    assert wide.leaf.item() == 2
+    assert wide.item() == 2
 
 
 def test_region_leak_takes_the_other_child():
     logits = torch.full((4000, 1), 3.0)
-    taken = route_of(logits, 1, region_leak=0.25).leaf.float().mean().item()
+    taken = leaf_of(logits, 1, region_leak=0.25).float().mean().item()
     assert abs(taken - 0.75) < 4 * (0.25 * 0.75 / 4000) ** 0.5
-    assert (route_of(logits, 1, region_leak=1.0).leaf == 0).all()
+    assert (leaf_of(logits, 1, region_leak=1.0) == 0).all()
     swapped = leaf_probability(logits.unsqueeze(1), region_leak=1.0)[0, 0]
     torch.testing.assert_close(swapped, leaf_probability(logits.unsqueeze(1))[0, 0].flip(0))
 
 
 def test_nan_goes_left():
     logits = torch.full((2, 7), torch.nan)
-    assert (route_of(logits, 3).leaf == 0).all()
-    beam = beam_route(logits, Nodes(logits, None), 3, logits.unsqueeze(1), top_k=2, beam_width=2)
-    assert (beam.leaf[..., 0] == 0).all()
+    assert (leaf_of(logits, 3) == 0).all()
+    beam = beam_leaves(logits, Nodes(logits, None), 3, logits.unsqueeze(1), top_k=2, beam_width=2)
+    assert (beam[..., 0] == 0).all()
 
 
 @pytest.mark.parametrize("probability", [leaf_probability, additive_leaf_probability])
@@ -170,12 +172,12 @@ def test_gradcheck_of_soft_probabilities(probability):
 def test_gradcheck_of_path_probability(width):
     nodes, x = make_nodes(2, 4, 3, width), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     parameters = [p.requires_grad_() for p in nodes[:4] if p is not None]
-    route = hard_route(x, nodes, 4, dense_logits(x, nodes, 2))
+    path = path_to(greedy_leaf(x, nodes, 4, dense_logits(x, nodes, 2)), 4)
 
     def probability(x, *parameters):
         given = Nodes(*parameters)
-        logit = path_logits(x, given, route.node, dense_logits(x, given, 2))
-        return path_log_probability(logit, route.right, 0.8)
+        logit = path_logits(x, given, path.node, dense_logits(x, given, 2))
+        return path_log_probability(logit, path.right, 0.8)
 
     assert torch.autograd.gradcheck(probability, (x, *parameters))
 
@@ -183,6 +185,6 @@ def test_gradcheck_of_path_probability(width):
 def test_bad_beam_is_named():
     logits = torch.randn(2, 3)
     with pytest.raises(ValueError, match="top_k=5"):
-        beam_route(logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=5, beam_width=8)
+        beam_leaves(logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=5, beam_width=8)
     with pytest.raises(ValueError, match="beam_width=1 is smaller than top_k=2"):
-        beam_route(logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=2, beam_width=1)
+        beam_leaves(logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=2, beam_width=1)

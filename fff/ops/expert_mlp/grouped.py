@@ -2,6 +2,7 @@
 
 The loop over groups sits in two custom operators, so that `torch.compile` and `torch.export` see them whole, and so
 that the backward pass fills one gradient tensor per weight instead of adding up one full-size tensor per expert.
+Where no gradient is recorded, each group goes through both layers at once, while its rows are in the cache.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fff.ops.expert_mlp.hidden import hidden_units
 
@@ -120,10 +122,38 @@ def grouped(
     expert, order = torch.sort(torch.where(index < 0, num_experts, index).flatten(), stable=True)
     offset = torch.searchsorted(expert, torch.arange(num_experts + 1, device=x.device))
     row = order if choices == 1 else torch.div(order, choices, rounding_mode="floor")
+    gate = None if gate is None else gate.flatten().index_select(0, order).unsqueeze(-1)
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return _without_gradient(x, row, gate, offset, w_in, b_in, w_out, b_out, act, glu, dropout)
     pre = grouped_linear(x.index_select(0, row), w_in.transpose(1, 2), b_in, offset)
     out = grouped_linear(hidden_units(pre, act, glu, dropout), w_out, b_out, offset)
     if gate is not None:
-        out = out * gate.flatten().index_select(0, order).unsqueeze(-1)
+        out = out * gate
     if choices == 1:
         return torch.empty_like(out).index_copy(0, row, out)
     return out.new_zeros(rows, out.shape[1]).index_add(0, row, out)
+
+
+def _without_gradient(
+    x: Tensor,
+    row: Tensor,
+    gate: Tensor | None,
+    offset: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    glu: bool,
+    dropout: float,
+) -> Tensor:
+    y = x.new_zeros(x.shape[0], w_out.shape[2])
+    experts, counts = _hit(offset)
+    kept = sum(counts)
+    gates = [None] * len(counts) if gate is None else gate[:kept].split(counts)
+    for e, rows, weight in zip(experts, row[:kept].split(counts), gates, strict=True):
+        pre = F.linear(x.index_select(0, rows), w_in[e], None if b_in is None else b_in[e])
+        hidden = hidden_units(pre, act, glu, dropout)
+        out = hidden @ w_out[e] if b_out is None else torch.addmm(b_out[e], hidden, w_out[e])
+        y.index_add_(0, rows, out if weight is None else out * weight)
+    return y

@@ -40,14 +40,12 @@ class Nodes(NamedTuple):
     activation: Activation = "relu"
 
 
-class Route(NamedTuple):
-    """Chosen leaves and the way to them.
+class Path(NamedTuple):
+    """The way from the root to given leaves.
 
-    leaf: (T, P, K) 0 .. 2^d - 1 within each tree, best first.  node: (T, P, K, d) heap index of the visited nodes.
-    right: (T, P, K, d) whether the path leaves each of them to the right.
+    node: (T, P, K, d) heap index of the visited nodes.  right: (T, P, K, d) whether the path leaves each to the right.
     """
 
-    leaf: Int[Tensor, "T P K"]
     node: Int[Tensor, "T P K d"]
     right: Bool[Tensor, "T P K d"]
 
@@ -102,15 +100,15 @@ def path_logits(
     return logit
 
 
-def path_to(leaf: Int[Tensor, "T P K"], depth: int) -> Route:
-    """The nodes and turns from the root to given leaves."""
+def path_to(leaf: Int[Tensor, "T P K"], depth: int) -> Path:
+    """Nodes and turns from the root to given leaves, which count from 0 within each tree."""
     shift = torch.arange(depth, 0, -1, device=leaf.device)
     heap = leaf.unsqueeze(-1) + 2**depth
-    return Route(leaf, (heap >> shift) - 1, ((heap >> (shift - 1)) & 1).bool())
+    return Path((heap >> shift) - 1, ((heap >> (shift - 1)) & 1).bool())
 
 
 @torch.no_grad()
-def hard_route(
+def greedy_leaf(
     x: Float[Tensor, "T D"],
     nodes: Nodes,
     depth: int,
@@ -118,8 +116,8 @@ def hard_route(
     *,
     decision_bias: Float[Tensor, "P N"] | None = None,
     region_leak: float = 0.0,
-) -> Route:
-    """Greedy descent: the sign of each logit on the way decides; cost d dot products below the levels in `top`.
+) -> Int[Tensor, "T P 1"]:
+    """Greedy descent to one leaf of each tree: the sign of each logit on the way decides; cost d dot products below the levels in `top`.
 
     top: `dense_logits` of the first levels; deeper nodes are gathered row by row.
     decision_bias: added to the logits for the decision alone, not for any gate (loss-free balancing).
@@ -139,11 +137,11 @@ def hard_route(
         if region_leak > 0:
             right = right ^ (torch.rand(right.shape, device=x.device) < region_leak)
         node = 2 * node + 1 + right.to(torch.int64)
-    return path_to((node - (2**depth - 1)).unsqueeze(-1), depth)
+    return (node - (2**depth - 1)).unsqueeze(-1)
 
 
 @torch.no_grad()
-def beam_route(
+def beam_leaves(
     x: Float[Tensor, "T D"],
     nodes: Nodes,
     depth: int,
@@ -152,10 +150,10 @@ def beam_route(
     top_k: int,
     beam_width: int,
     decision_bias: Float[Tensor, "P N"] | None = None,
-) -> Route:
-    """The `top_k` most probable leaves that a beam of `beam_width` paths per tree finds, most probable first.
+) -> Int[Tensor, "T P K"]:
+    """The K = `top_k` most probable leaves that a beam of `beam_width` paths per tree finds, most probable first.
 
-    Exact where beam_width >= 2^(d-1). A beam of width 1 takes the greedy way, as `hard_route` does. A nan logit counts
+    Exact where beam_width >= 2^(d-1). A beam of width 1 takes the greedy way, as `greedy_leaf` does. A nan logit counts
     as certainly left.
     """
     if not 1 <= top_k <= 2**depth:
@@ -163,7 +161,7 @@ def beam_route(
     if beam_width < top_k:
         raise ValueError(f"beam_width={beam_width} is smaller than top_k={top_k}")
     if beam_width == 1:
-        return hard_route(x, nodes, depth, top, decision_bias=decision_bias)
+        return greedy_leaf(x, nodes, depth, top, decision_bias=decision_bias)
     num_rows, num_trees, known = top.shape
     node = torch.zeros(num_rows, num_trees, 1, dtype=torch.int64, device=x.device)
     score = torch.zeros(num_rows, num_trees, 1, dtype=torch.promote_types(top.dtype, torch.float32), device=x.device)
@@ -178,7 +176,7 @@ def beam_route(
         score, order = torch.sort(child_score, dim=2, descending=True, stable=True)
         kept = min(beam_width, child.shape[2])
         score, node = score[..., :kept], child.gather(2, order[..., :kept])
-    return path_to(node[..., :top_k] - (2**depth - 1), depth)
+    return node[..., :top_k] - (2**depth - 1)
 
 
 def path_log_probability(
