@@ -1,4 +1,4 @@
-"""One thread and no network for every test; shapes in the signatures of the ops are checked while they run."""
+"""One thread, no network and one seed for every test."""
 
 import os
 

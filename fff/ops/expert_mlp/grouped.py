@@ -24,7 +24,9 @@ def _hit(offset: Tensor) -> tuple[list[int], list[int]]:
     return experts, counts
 
 
-@torch.library.custom_op("fff::grouped_linear", mutates_args=())
+@torch.library.custom_op(
+    "fff::grouped_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, Tensor offset) -> Tensor"
+)
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
     """x (M, A) sorted by group, weight (E, A, B), bias (E, B), offset (E + 1,) int64 -> (M, B).
 
@@ -49,7 +51,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@torch.library.custom_op("fff::grouped_linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "fff::grouped_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor offset, bool need_x, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 def grouped_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offset: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
