@@ -170,11 +170,12 @@ def _arguments(function: ast.FunctionDef, module: str, skip: int) -> Parameters:
     return Parameters({argument.arg: argument.annotation for argument in named}, a.kwarg is not None, module)
 
 
-def _find(module: str, name: str) -> Definition | None:
+def _find(module: str, name: str, seen: frozenset[str] = frozenset()) -> Definition | None:
     """The class or function `name` of `module`, through imports from other modules and fff's table of homes."""
     tree = _parse(module)
-    if tree is None:
+    if tree is None or module in seen:
         return None
+    seen = seen | {module}
     for node in _statements(tree.body):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return Definition(node, module)
@@ -182,6 +183,8 @@ def _find(module: str, name: str) -> Definition | None:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
                     return _find(_absolute(node, module), alias.name)
+                if alias.name == "*" and (found := _find(_absolute(node, module), name, seen)):
+                    return found
     home = _homes(tree).get(name)
     return None if home is None else _find(home, name)
 

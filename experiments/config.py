@@ -66,11 +66,11 @@ VOLATILE = (
     "runs_dir",
     "logger",
     "launcher",
-    "data.root",
-    "data.cache_dir",
     "trainer.checkpoint_every",
     "trainer.progress_bar",
 )
+# Arguments of data sets, also of those inside others, that say where files lie on this machine.
+_PLACES = ("root", "cache_dir")
 
 
 def tree_depth(width: int, leaf_width: int) -> int:
@@ -94,7 +94,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     plain = {key: _plain(cfg[key], resolve=key not in VOLATILE) for key in cfg if key != "hydra"}
     check(plain, root=Config)
     for key in ("layer", "model", "task", "data"):
-        if "_target_" not in (plain[key] or {}):
+        if not (plain[key] or {}).get("_target_"):
             raise ConfigError(f"{key} has no _target_; choose one with {key}=..., --help lists them")
     if plain["trainer"]["devices"] != 1:
         raise ConfigError(
@@ -107,12 +107,19 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         for parent in parents:
             node = node.get(parent) or {}
         node.pop(name, None)
+    plain["data"] = _without_places(plain["data"])
     return plain
 
 
 def _plain(node: Any, resolve: bool) -> Any:
     # Volatile nodes stay unresolved: a logger may be named after `${run_id:}`.
     return OmegaConf.to_container(node, resolve=resolve) if OmegaConf.is_config(node) else node
+
+
+def _without_places(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_places(value) for key, value in node.items() if key not in _PLACES}
 
 
 def config_hash(identity: dict[str, Any]) -> str:

@@ -19,6 +19,16 @@ from .store import ERROR, LOCK, RESULT, SCHEMA, lock, read_record, write_record
 
 CHECKPOINT = "last.ckpt"
 
+# Lightning's, each answered: in-memory slices need no loader workers, nothing is logged within an epoch, a run resumes
+# in its own directory with its own callbacks; the last is torch's own affair.
+_REMARKS = (
+    ".*does not have many workers",
+    ".*smaller than the logging interval",
+    ".*directory .* exists and is not empty",
+    "Be aware that when using `ckpt_path`",
+    ".*LeafSpec",
+)
+
 
 class Outcome(NamedTuple):
     """status: "finished", "skipped" (it was already), "failed", or "busy" (another process is running it).
@@ -123,10 +133,8 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
 
     from .provenance import git_commit, hardware, versions
 
-    # In-memory slices need no loader workers, and nothing is logged within an epoch.
-    warnings.filterwarnings("ignore", module="lightning.*", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", module="lightning.*", message=".*smaller than the logging interval")
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec")
+    for remark in _REMARKS:
+        warnings.filterwarnings("ignore", message=remark)
 
     start = time.perf_counter()
     # Data first: what is missing there is found before anything else costs time.
@@ -171,7 +179,13 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    except SystemExit as stop:
+        # Lightning answers Ctrl-C by exit(1); here it must end the whole sweep, and say so.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
     return {
         **task.results(data),
         "wall_time_s": round(time.perf_counter() - start, 3),

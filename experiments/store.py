@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SCHEMA = 1
 RESULT, ERROR, LOCK = "result.json", "error.txt", "lock"
@@ -60,18 +60,33 @@ def lock(run_dir: Path, wait: bool = False) -> Iterator[bool]:
     The kernel drops the lock when its process ends, however it ends, so that no lock can be stale. The file tells
     people who holds it.
     """
+    path = run_dir / LOCK
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            # The owner before may have removed the file between our opening and our locking it.
+            if not _is_at(file, path):
+                continue
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
             return
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield True
-        file.truncate(0)
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(run_dir: Path) -> bool:

@@ -14,7 +14,7 @@ from .run import job
 
 def main() -> None:
     sweep.register()
-    told_in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    told_in_full = os.environ.get("HYDRA_FULL_ERROR")
     # Makes Hydra raise its errors instead of printing them over many lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -23,10 +23,12 @@ def main() -> None:
         print("\ninterrupted; the same command goes on with what is not finished", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if told_in_full:
+        if told_in_full == "1":
             raise
         print(f"error: {config.explain(error)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = told_in_full or "0"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""The command as users meet it: subprocesses, exit codes, one line for a mistake, resume after kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = [sys.executable, "-m", "experiments.train"]
+QUICK = ["width=16", "trainer.max_epochs=2"]
+
+# All in one process, as torch is never imported; main ends each time by sys.exit.
+MISTAKES = """
+import contextlib, io, json, sys
+from experiments.train import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["train", *arguments]
+    said = io.StringIO()
+    code = 0
+    with contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    assert "torch" not in sys.modules, arguments
+    print(json.dumps([code, said.getvalue()]))
+"""
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train("seed=1") runs the command with its runs below the test's folder."""
+    return lambda *arguments: python(*TRAIN[1:], *arguments, f"runs_dir={tmp_path / 'runs'}")
+
+
+def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path):
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    for name, text in {
+        "layer_typo": "layer: {dpth: 2}",
+        "trainer_typo": "trainer: {max_epoch: 3}",
+        "root_typo": "sed: 3",
+        "sweep_typo": "hydra: {mode: MULTIRUN, sweeper: {params: {layer: 'fff,moe', width: '16,17'}}}",
+        "no_yaml": "trainer: [3",
+    }.items():
+        (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    mine = ["--config-dir", str(tmp_path / "conf")]
+    cases = [
+        (["layer.dpth=3"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
+        (["+layer.dpth=3"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
+        (["layer.depth=three"], "layer.depth='three': fff.FFF takes int here"),
+        (["task.optimizer.lrr=1"], "task.optimizer.lrr: torch.optim.AdamW has no 'lrr'; did you mean 'lr'?"),
+        (["layer=fffx"], "layer=fffx: no such option; did you mean 'fff'?"),
+        (["layr=fff"], "layr: the configuration has no 'layr'; did you mean 'layer'?"),
+        (["+sed=3"], "sed: the configuration has no 'sed'; did you mean 'seed'?"),
+        (["trainer.max_epoch=3"], "trainer.max_epoch: trainer has no 'max_epoch'; did you mean 'max_epochs'?"),
+        (["+trainer.max_epoch=3"], "trainer.max_epoch: trainer has no 'max_epoch'; did you mean 'max_epochs'?"),
+        (["trainer.max_epochs=abc"], "trainer.max_epochs: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["seed=1.5"], "seed: Value '1.5' of type 'float' could not be converted to Integer"),
+        (["launcher.n_jobs=2"], "launcher.n_jobs: launcher has no 'n_jobs'"),
+        (["width=12"], "layer.depth: width=12 must be leaf_width=8 times a power of two"),
+        (["-m", "seed=0,1", "trainer.devices=2"], "trainer.devices=2: a run trains on one device"),
+        (["-m", "layer=fff,moee"], "layer=moee: no such option; did you mean 'moe'?"),
+        (["-m", "width=interval(1,2)"], "width=interval(1,2): a grid needs"),
+        ([*mine, "experiment=layer_typo"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
+        (
+            [*mine, "experiment=trainer_typo"],
+            "trainer.max_epoch: trainer has no 'max_epoch'; did you mean 'max_epochs'?",
+        ),
+        ([*mine, "experiment=root_typo"], "sed: the configuration has no 'sed'; did you mean 'seed'?"),
+        ([*mine, "experiment=sweep_typo"], "layer.depth: width=17 must be leaf_width=8 times"),
+        ([*mine, "experiment=no_yaml"], "while parsing"),
+    ]
+    elsewhere = f"runs_dir={tmp_path / 'runs'}"
+    sent = json.dumps([[*arguments, elsewhere] for arguments, _ in cases])
+    result = python("-c", MISTAKES, sent)
+    assert result.returncode == 0, result.stderr
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    for (arguments, expected), (code, said) in zip(cases, answers, strict=True):
+        assert code == 2 and said.startswith(f"error: {expected}") and said.count("\n") == 1, (arguments, said)
+    assert not (tmp_path / "runs").exists(), "a mistake must leave nothing behind"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--help"], ["layer=fff layer.depth=5", "experiment: ", "feedforward, ", "max_epochs"]),
+        (["--cfg", "job"], ["_target_: fff.FFF", "max_epochs: 100"]),
+    ],
+)
+def test_help_is_quick(arguments, words):
+    code = (
+        "import sys, time; start = time.process_time(); from experiments.train import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "finally: print('CPU', time.process_time() - start, 'torch' in sys.modules)"
+    )
+    result = python("-c", code, *arguments)
+    assert all(word in result.stdout for word in words), result.stderr
+    seconds, torch_imported = result.stdout.splitlines()[-1].split()[1:]
+    # CPU time, because the machine may be busy.
+    assert float(seconds) < 2 and torch_imported == "False"
+
+
+def test_single_run_then_nothing_to_do(train, tmp_path):
+    first = train(*QUICK)
+    assert first.returncode == 0, first.stderr
+    (result,) = tmp_path.glob("runs/scratch/fff-digits-s0-*/result.json")
+    assert str(result) in first.stdout and "ga " in first.stdout
+    assert first.stderr == "" and len(first.stdout.splitlines()) == 2, "no adverts, no doubled lines"
+    second = train(*QUICK)
+    assert second.returncode == 0 and "finished before" in second.stdout
+
+
+def test_sweep_with_failures_killed_and_resumed(train, tmp_path):
+    """kill -9 after the first of four runs; then those four in worker processes, and four more that cannot run."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = ["-m", "width=16", "trainer.max_epochs=40", "study=s", "seed=0,1,0", "layer=fff,feedforward"]
+    command = [*TRAIN, *sweep, f"runs_dir={tmp_path / 'runs'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 100
+    while not (done := list(tmp_path.glob("runs/s/*/result.json"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 1 <= len(done) < 4
+    before = {path: path.stat().st_mtime_ns for path in done}
+
+    other_order = ["layer=feedforward,fff", "layer.act_layer=relu,no-such", "seed=1,0", "study=s", "width=16"]
+    workers = ["launcher=joblib", "launcher.n_jobs=2"]
+    rest = train("-m", *other_order, "trainer.max_epochs=40", *workers)
+    assert rest.returncode == 1
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert len(list(tmp_path.glob("runs/s/*/result.json"))) == 4
+    lines = rest.stdout.splitlines()
+    todo = 8 - len(done)
+    assert f"8 runs, {len(done)} finished, {todo} to do" in lines[0]
+    assert len(lines) == 1 + todo and lines[-1].startswith(f"[{todo}/{todo}] ") and lines[-1].endswith("(0 left)")
+    failures = rest.stderr.splitlines()
+    assert failures[0] == f"4 of {todo} runs failed:" and len(failures) == 5
+    assert all("error.txt: ValueError: " in line and "no-such" in line for line in failures[1:])
+    assert len(list(tmp_path.glob("runs/s/*/error.txt"))) == 4

@@ -1,0 +1,137 @@
+"""Every file composes and builds; a run is known by what it computes, not by how or where it was asked for."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf, open_dict
+
+from experiments.config import build, config_hash, config_path, explain, identity, run_id, tree_depth
+
+CONF = Path(config_path())
+GROUPS = ["layer", "model", "task", "data", "trainer", "logger", "recipe", "experiment"]
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+EXTRAS = {"tensorboard": "tensorboard"}
+
+
+@pytest.mark.parametrize("group, option", OPTIONS)
+def test_every_option_composes_and_builds(make_config, tmp_path, group, option):
+    cfg = make_config(f"{group}={option}")
+    identity(cfg)
+    if option in EXTRAS:
+        pytest.importorskip(EXTRAS[option])
+    for node in ("layer", "model", "task", "data"):
+        build(cfg[node])
+    if cfg.logger:
+        build(cfg.logger, save_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("launcher, plugin", [("basic", None), ("joblib", "joblib"), ("slurm", "submitit")])
+def test_every_launcher_composes(make_config, launcher, plugin):
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher" if plugin else "hydra")
+    settings = ["launcher.n_jobs=3"] if plugin else []
+    cfg = make_config(f"launcher={launcher}", *settings)
+    assert identity(cfg) == identity(make_config())
+
+
+@pytest.mark.parametrize("recipe", ["paper", "ours"])
+def test_recipe_specialises_the_layer_and_the_command_line_wins(make_config, recipe):
+    mode = {"paper": "soft", "ours": "straight_through"}[recipe]
+    assert make_config(f"recipe={recipe}", "layer=fff").layer.mode == mode
+    assert "mode" not in make_config(f"recipe={recipe}", "layer=feedforward").layer
+    assert make_config(f"recipe={recipe}", "layer.mode=gated").layer.mode == "gated"
+
+
+def test_depth_follows_the_widths_unless_it_is_given(make_config):
+    assert identity(make_config("width=64", "leaf_width=4"))["layer"]["depth"] == 4
+    assert identity(make_config("width=12", "layer.depth=5"))["layer"]["depth"] == 5
+
+
+@pytest.mark.parametrize("width, leaf_width, depth", [(8, 8, 0), (128, 8, 4), (16, 1, 4)])
+def test_tree_depth(width, leaf_width, depth):
+    assert tree_depth(width, leaf_width) == depth
+
+
+@pytest.mark.parametrize("width, leaf_width", [(12, 8), (24, 8), (4, 8), (0, 8), (8, 0), (-8, 8)])
+def test_tree_depth_names_both_widths(width, leaf_width):
+    with pytest.raises(ValueError, match=f"width={width} .*leaf_width={leaf_width} "):
+        tree_depth(width, leaf_width)
+
+
+def name(cfg):
+    return run_id(identity(cfg))
+
+
+def test_run_id_does_not_depend_on_the_words_of_the_request(make_config):
+    reference = name(make_config("layer=feedforward", "seed=1"))
+    assert reference.startswith("feedforward-digits-s1-")
+    assert name(make_config("seed=1", "layer=feedforward")) == reference
+    assert (
+        name(make_config("layer=feedforward", "seed=1", "layer.hidden_features=128", "trainer.max_epochs=100"))
+        == reference
+    )
+    assert name(make_config("layer=feedforward", "seed=1", "width=256", "layer.hidden_features=128")) == reference
+    assert name(make_config("layer=feedforward", "seed=1", "leaf_width=2")) == reference
+    assert (
+        run_id(identity(make_config("seed=1", "layer=feedforward")))
+        in make_config("layer=feedforward", "seed=1", "logger=csv", "logger.name=${run_id:}").logger.name
+    )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "threads=2",
+        "force=true",
+        "study=other",
+        "runs_dir=elsewhere",
+        "logger=csv",
+        "trainer.progress_bar=true",
+        "trainer.checkpoint_every=1",
+    ],
+)
+def test_run_id_does_not_depend_on_how_a_run_is_executed(make_config, override):
+    assert name(make_config(override)) == name(make_config())
+
+
+def test_run_id_does_not_depend_on_where_the_data_lie(make_config, monkeypatch):
+    for data in ("usps", "random_labels"):
+        monkeypatch.delenv("FFF_DATA_DIR", raising=False)
+        here = name(make_config(f"data={data}"))
+        monkeypatch.setenv("FFF_DATA_DIR", "/somewhere")
+        assert name(make_config(f"data={data}")) == here
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "width=64", "layer=moe", "layer.drop=0.1", "task.optimizer.lr=0.1", "data=usps"]
+)
+def test_run_id_depends_on_what_is_computed(make_config, override):
+    assert name(make_config(override)) != name(make_config())
+
+
+def test_hash_is_that_of_the_past(make_config):
+    """Results on disk and in the committed tables are found by this hash; a change of its making orphans them all."""
+    assert config_hash({"seed": 1, "layer": {"depth": 2, "drop": 0.1}}).startswith("faf3cfcede")
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (["trainer.devices=2"], "trainer.devices=2: a run trains on one device"),
+        (["layer._target_=null"], "layer has no _target_"),
+        (["width=12"], "layer.depth: width=12 must be leaf_width=8 times a power of two"),
+    ],
+)
+def test_what_is_refused(make_config, overrides, line):
+    with pytest.raises(Exception) as error:
+        identity(make_config(*overrides))
+    assert explain(error.value).startswith(line)
+
+
+def test_the_configuration_is_left_as_it_was(make_config):
+    cfg = make_config()
+    before = OmegaConf.to_yaml(cfg)
+    identity(cfg)
+    assert OmegaConf.to_yaml(cfg) == before
+    with open_dict(cfg):
+        cfg.seed = 5
+    assert identity(cfg)["data"]["seed"] == 5

@@ -1,0 +1,136 @@
+"""One run in this process: its record, what makes it run or be skipped, and a resume that changes nothing."""
+
+import json
+import shutil
+
+import pytest
+from lightning.pytorch import Callback
+
+from experiments.config import config_hash, identity
+from experiments.run import CHECKPOINT, run, summary
+from experiments.store import ERROR, RESULT, lock
+
+QUICK = ["trainer.max_epochs=2", "width=16", "trainer.accelerator=cpu"]
+NOISY = ["layer=fff_straight_through", "layer.drop=0.2", "layer.region_leak=0.1"]
+
+
+def read(outcome):
+    return json.loads((outcome.run_dir / RESULT).read_text())
+
+
+@pytest.fixture
+def finished(make_config):
+    cfg = make_config(*QUICK)
+    outcome = run(cfg)
+    assert outcome.status == "finished", outcome.error
+    return cfg, outcome
+
+
+def test_record(finished):
+    cfg, outcome = finished
+    record = read(outcome)
+    assert record["config"] == identity(cfg) and record["config_hash"] == config_hash(identity(cfg))
+    assert record["run_id"] == outcome.run_dir.name and outcome.run_dir.parent.name == record["study"] == "scratch"
+    assert record["seed"] == 0 and record["schema"] == 1 and record["resumed"] is False
+    assert {"ma", "ga", "leaves_used", "diverged"} <= set(record["metrics"]) and record["metrics"]["epochs"] == 2
+    assert len(record["history"]["val_accuracy"]) == 2
+    assert record["hardware"]["threads"] == 1 and record["hardware"]["cpu"] and record["versions"]["torch"]
+    assert record["wall_time_s"] > 0 and record["backend"] and "git_commit" in record
+    assert [path.name for path in outcome.run_dir.iterdir()] == [RESULT]
+    assert "ga " in summary(record) and "leaves" in summary(record)
+
+
+def test_a_finished_run_is_skipped_unless_forced(finished, make_config):
+    _, outcome = finished
+    written = (outcome.run_dir / RESULT).stat().st_mtime_ns
+    assert run(make_config(*QUICK)).status == "skipped"
+    assert (outcome.run_dir / RESULT).stat().st_mtime_ns == written
+    before = read(outcome)["metrics"]
+    assert run(make_config(*QUICK, "force=true")).status == "finished"
+    assert (outcome.run_dir / RESULT).stat().st_mtime_ns != written
+    assert read(outcome)["metrics"] == before  # the same seed
+
+
+def test_a_truncated_record_is_reported_and_run_again(finished, make_config, capsys):
+    _, outcome = finished
+    whole = (outcome.run_dir / RESULT).read_bytes()
+    (outcome.run_dir / RESULT).write_bytes(whole[: len(whole) // 2])
+    assert run(make_config(*QUICK)).status == "finished"
+    assert f"{outcome.run_dir / RESULT} is unreadable" in capsys.readouterr().err
+    assert read(outcome)["metrics"] == json.loads(whole)["metrics"]
+
+
+def test_a_run_of_another_process_is_left_alone(make_config):
+    cfg = make_config(*QUICK)
+    outcome = run(make_config(*QUICK, "layer.backend=no-such"))
+    assert outcome.status == "failed"
+    with lock(outcome.run_dir):
+        assert run(make_config(*QUICK, "layer.backend=no-such")).status == "busy"
+    assert run(cfg).status == "finished"
+
+
+def test_a_failed_run_leaves_its_traceback_and_may_succeed_later(make_config, monkeypatch):
+    import fff.tasks
+
+    monkeypatch.setattr(fff.tasks.Classification, "results", lambda self, data: 1 / 0)
+    outcome = run(make_config(*QUICK))
+    assert (outcome.status, outcome.error) == ("failed", "ZeroDivisionError: division by zero")
+    assert "Traceback" in (outcome.run_dir / ERROR).read_text() and not (outcome.run_dir / RESULT).exists()
+    monkeypatch.undo()
+    assert run(make_config(*QUICK)).status == "finished"
+    assert not (outcome.run_dir / ERROR).exists()
+
+
+class CutAt(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, task):
+        if trainer.current_epoch == self.epoch:
+            raise RuntimeError("cut")
+
+
+def test_a_run_resumed_in_the_middle_equals_an_unbroken_one(make_config, monkeypatch, tmp_path):
+    import fff.tasks
+
+    settings = [*QUICK, *NOISY, "trainer.max_epochs=6", "trainer.checkpoint_every=2"]
+    unbroken = read(run(make_config(*settings, "study=unbroken")))
+
+    callbacks = fff.tasks.Classification.protocol_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(fff.tasks.Classification, "protocol_callbacks", lambda self: [*callbacks(self), CutAt(5)])
+        cut = run(make_config(*settings))
+    assert cut.error == "RuntimeError: cut" and (cut.run_dir / CHECKPOINT).exists()
+
+    resumed = run(make_config(*settings))
+    assert [path.name for path in resumed.run_dir.iterdir()] == [RESULT]
+    record = read(resumed)
+    assert record["resumed"] is True and unbroken["resumed"] is False
+    assert record["history"] == unbroken["history"] and record["metrics"] == unbroken["metrics"]
+
+    without = read(run(make_config(*settings, "trainer.checkpoint_every=null", "study=without")))
+    assert without["metrics"] == unbroken["metrics"], "checkpoints must not change a run: its identity leaves them out"
+
+
+def test_an_unreadable_checkpoint_is_reported_and_not_used(make_config, capsys):
+    settings = [*QUICK, "trainer.checkpoint_every=1"]
+    outcome = run(make_config(*settings))
+    expected = read(outcome)["metrics"]
+    shutil.rmtree(outcome.run_dir)
+    outcome.run_dir.mkdir()
+    (outcome.run_dir / CHECKPOINT).write_bytes(b"PK\x03\x04 not a checkpoint")
+    assert read(run(make_config(*settings)))["metrics"] == expected
+    assert "is unreadable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("experiment", ["debug", "demo", "table1_usps"])
+def test_every_experiment_runs_two_batches(make_config, experiment):
+    # On the digits, whatever the experiment's own data: those may not be here.
+    cfg = make_config(f"experiment={experiment}", "data=digits", "trainer.max_epochs=1", "trainer.max_batches=2")
+    outcome = run(cfg)
+    assert outcome.status == "finished", outcome.error
+
+
+def test_csv_logger_writes_into_the_run_directory(make_config):
+    outcome = run(make_config(*QUICK, "logger=csv"))
+    assert "val_accuracy" in (outcome.run_dir / "metrics.csv").read_text()
