@@ -137,15 +137,39 @@ class Classification(LightningModule):
         """Metrics, history and backend of the finished run, all plain Python; looks at the test data once.
 
         Leaves the model with the weights of the best validation accuracy. Of several routed layers the sizes, leaves
-        and loads are summed or chained, and the largest share is the largest of any. NaN becomes None.
+        and loads are summed or chained, and the largest share is the largest of any. NaN becomes None, and so does all
+        that is measured with weights if the first epoch diverged, as there are none to measure then.
         """
         protocol = self.protocol
         if not protocol.history["epoch"]:
             raise ValueError("results need a run of at least one epoch with protocol_callbacks() in the Trainer")
-        ma, ga = protocol.best["train"], protocol.best["val"]
         # The Trainer leaves the model on the CPU.
         self.model.to(self.trainer.strategy.root_device)
+        if protocol.best["val"].weights:
+            measured, evaluated = self._measure(data)
+        else:
+            measured, evaluated = dict.fromkeys(_MEASURED), protocol.training_backend
+            # A run resumed after its last epoch has not run its layers, which tell their experts by their records.
+            evaluate(self.model, data.val_dataloader())
+        layers = [layer for layer in self.model.modules() if isinstance(layer, RoutedLayer)]
+        metrics = {
+            **measured,
+            "diverged": protocol.diverged,
+            "num_leaves": sum(record.num_experts for _, record in routing(self.model)),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            **{field: sum(getattr(layer.size, field) for layer in layers) for field in _SIZES},
+            "epochs": len(protocol.history["epoch"]),
+        }
+        trained = protocol.training_backend
+        return {
+            "metrics": {name: _plain(value) for name, value in metrics.items()},
+            "history": {name: list(values) for name, values in protocol.history.items()},
+            "backend": trained if trained == evaluated else f"{trained} (training), {evaluated} (evaluation)",
+        }
 
+    def _measure(self, data: LightningDataModule) -> tuple[dict[str, Any], str]:
+        """What the best weights do with the rows, by the names in `_MEASURED`, and the backend of the hard route."""
+        ma, ga = self.protocol.best["train"], self.protocol.best["val"]
         self._restore(ma.epoch, ma.weights)
         ma_soft = evaluate(self.model, data.train_eval_dataloader(), soft=True).soft_accuracy
         self._restore(ga.epoch, ga.weights)
@@ -162,10 +186,8 @@ class Classification(LightningModule):
             observe=lambda logits, y: report.update(logits.float().softmax(-1), y),
         )
 
-        layers = [layer for layer in self.model.modules() if isinstance(layer, RoutedLayer)]
-        sizes = {field: sum(getattr(layer.size, field) for layer in layers) for field in _SIZES}
         entropy = test.node_entropy
-        metrics = {
+        measured = {
             "ma": ma.accuracy,
             "ma_epochs": ma.epoch,
             "ga": test.accuracy,
@@ -173,24 +195,14 @@ class Classification(LightningModule):
             "val_accuracy": ga.accuracy,
             "ga_soft": test.soft_accuracy,
             "ma_soft": ma_soft,
-            "diverged": protocol.diverged,
             "leaves_used": test.leaves_used,
-            "num_leaves": sum(len(usage.load) for usage in test.usage),
             "largest_leaf_share": max((usage.load.max().item() / usage.rows for usage in test.usage), default=None),
             "node_entropy": test.mean_node_entropy,
             "nodes_below_0.10": None if entropy is None else (entropy < 0.10).double().mean().item(),
             "leaf_load": [count for usage in test.usage for count in usage.load.tolist()],
             **{name: value.item() for name, value in report.compute().items()},
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            **sizes,
-            "epochs": len(protocol.history["epoch"]),
         }
-        trained, evaluated = protocol.training_backend, test.backend
-        return {
-            "metrics": {name: _plain(value) for name, value in metrics.items()},
-            "history": {name: list(values) for name, values in protocol.history.items()},
-            "backend": trained if trained == evaluated else f"{trained} (training), {evaluated} (evaluation)",
-        }
+        return measured, test.backend
 
     def _restore(self, epoch: int, weights: dict[str, Tensor]) -> None:
         self.model.load_state_dict(weights)
@@ -199,6 +211,11 @@ class Classification(LightningModule):
             schedule.apply(self.model, epoch - 1)
 
 
+_MEASURED = (
+    *("ma", "ma_epochs", "ga", "ga_epochs", "val_accuracy", "ga_soft", "ma_soft"),
+    *("leaves_used", "largest_leaf_share", "node_entropy", "nodes_below_0.10", "leaf_load"),
+    *("macro_f1", "calibration_error"),
+)
 _SIZES = ("training_width", "inference_width", "training_size", "inference_size", "flops_per_row")
 
 

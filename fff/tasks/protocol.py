@@ -3,7 +3,8 @@
 After each epoch the hard route is evaluated on all training rows and on the validation rows. Memorisation accuracy (MA)
 is the best training accuracy over the epochs; generalisation accuracy (GA) is the test accuracy of the weights with the
 best validation accuracy; the epochs (from 1) that reached them first are their ETT. Training stops when `patience`
-epochs in a row improved neither, and after a loss that is not finite.
+epochs in a row improved neither, and after an epoch whose loss or whose weights at the end are not finite: such an
+epoch is in the history, but never among the best.
 
 T rows, E experts, N tree nodes.
 """
@@ -28,8 +29,10 @@ class LayerUsage(NamedTuple):
 
     rows: T, over all batches.
     load: (E,) rows that the hard route sent to each expert.
-    node_entropy: (N,) mean Bernoulli entropy of each node in nats over the batches in which some row reached it, each
-        batch weighted by its rows (exact for a single batch); nan where no row came. None without a tree.
+    node_entropy: (N,) mean Bernoulli entropy of each node in nats; None without a tree. Nodes of the first 7 levels:
+        over all rows. Deeper ones (`TreeTrace`): where one leaf per tree is evaluated, nan; where several are or the
+        weight of the leaf is its probability, over the rows that came by, each batch weighted by all its rows (exact
+        for a single batch), nan where none came.
     """
 
     rows: int
@@ -53,7 +56,7 @@ class Evaluation(NamedTuple):
 
     @property
     def node_entropy(self) -> Tensor | None:
-        """Entropy of every node that a row reached, all layers in one vector; None where there is none."""
+        """Entropy of every node that was evaluated (`LayerUsage`), all layers in one vector; None where none was."""
         layers = [usage.node_entropy for usage in self.usage if usage.node_entropy is not None]
         if not layers:
             return None
@@ -147,7 +150,7 @@ class Protocol(Callback):
     """Keeps the books of one run; `task.results` reads them. Everything is in the checkpoint.
 
     The data module must give `train_eval_dataloader()` and `val_dataloader()`. The history's routing columns (mean
-    entropy of the visited nodes, experts in use) are those of the training rows.
+    entropy of the evaluated nodes, experts in use) are those of the training rows.
     """
 
     def __init__(self, patience: int) -> None:
@@ -194,9 +197,11 @@ class Protocol(Callback):
         train, val = evaluate(model, self._train_rows), evaluate(model, self._val_rows)
 
         epoch = len(self.history["epoch"]) + 1
-        self.best["train"].offer(train.accuracy, epoch, model)
-        self.best["val"].offer(val.accuracy, epoch, model)
-        self.diverged = not math.isfinite(losses["loss"] + losses["aux_loss"])
+        # The last step may spoil the weights after a loss that was still finite.
+        self.diverged = not (math.isfinite(losses["loss"] + losses["aux_loss"]) and _finite(model))
+        if not self.diverged:
+            self.best["train"].offer(train.accuracy, epoch, model)
+            self.best["val"].offer(val.accuracy, epoch, model)
         row = {
             "epoch": epoch,
             "train_loss": losses["loss"] if math.isfinite(losses["loss"]) else None,
@@ -215,6 +220,10 @@ class Protocol(Callback):
             pl_module.log_dict({name: value for name, value in routed.items() if value is not None})
         if self.finished:
             trainer.should_stop = True
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def backends(model: nn.Module) -> str:

@@ -85,7 +85,8 @@ class Scripted(RoutedLayer):
             index=(4 * position).long()[:, None],
             num_experts=5,
             backend="scripted",
-            # The root is undecided (ln 2), its left child sure (0), its right child without a row (nan).
+            # The root is undecided (ln 2) for all rows; of the nodes below, which rows visit one by one, the left is
+            # sure (0) and the right has no row (nan).
             tree=TreeTrace(
                 top=torch.zeros(len(x), 1, 1),
                 depth=2,

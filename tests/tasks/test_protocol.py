@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 import fff
@@ -52,7 +53,7 @@ def test_history_has_one_row_per_epoch(run):
     assert history["epoch"] == [1, 2, 3]
     assert history["train_accuracy"] == pytest.approx(TRAIN[:3])
     assert history["val_accuracy"] == pytest.approx(VAL[:3])
-    # Mean over the nodes that some row reached: the third node is nan.
+    # Mean over the nodes that were evaluated: the third node is nan.
     assert history["node_entropy"] == pytest.approx([math.log(2) / 2] * 3)
     assert history["leaves_used"] == [4] * 3
     assert len(history["train_loss"]) == 3
@@ -128,16 +129,50 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, bad):
     assert (metrics["ma_epochs"], metrics["ga_epochs"]) == (2, 2)
 
 
-def test_a_run_that_diverges_at_once_still_gives_finite_results(tensor_data, fit):
+def test_the_epoch_that_diverged_is_in_the_history_and_never_the_best(run):
+    result, _ = run(loss=[0.0, 0.0, math.nan], train=[0.3, 0.4, 1.0], val=[0.2, 0.3, 1.0], test=TEST[:3])
+    assert result["history"]["val_accuracy"] == pytest.approx([0.2, 0.3, 1.0])
+    metrics = result["metrics"]
+    assert (metrics["ma"], metrics["ma_epochs"]) == (pytest.approx(0.4), 2)
+    assert (metrics["val_accuracy"], metrics["ga_epochs"]) == (pytest.approx(0.3), 2)
+
+
+def test_weights_spoiled_by_the_last_step_of_an_epoch_are_never_the_best(scripted, scripted_data, fit):
+    """The loss of that epoch was still finite."""
+
+    class Spoil(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.current_epoch == 1:
+                pl_module.model.ff.weight.data.fill_(math.inf)
+
+    task, data = make_task(scripted(train=TRAIN, val=VAL, test=TEST)), scripted_data()
+    fit(task, data, max_epochs=5, callbacks=[Spoil()])
+    metrics = task.results(data)["metrics"]
+    assert metrics["diverged"] is True and metrics["epochs"] == 2
+    assert (metrics["ma_epochs"], metrics["ga_epochs"]) == (1, 1)
+    assert task.model.ff.weight.isfinite()
+
+
+def test_a_run_that_diverges_at_once_has_sizes_but_no_accuracies(tensor_data, fit):
     x, y = torch.randn(30, 4) * 1e30, torch.arange(30) % 5
-    model = Classifier(partial(fff.FeedForward, hidden_features=3), 4, 5)
+    model = Classifier(partial(fff.FFF, leaf_width=3, depth=2), 4, 5)
     task = Classification(model, num_classes=5, optimizer=partial(torch.optim.SGD, lr=1e30))
     data = tensor_data((x, y), (x, y), (x, y), batch_size=10)
     fit(task, data, max_epochs=5)
     result = task.results(data)
-    assert result["metrics"]["diverged"] is True and result["metrics"]["epochs"] == 1
-    assert 0 <= result["metrics"]["ga"] <= 1
+    metrics = result["metrics"]
+    assert metrics["diverged"] is True and metrics["epochs"] == 1
+    assert (metrics["num_leaves"], metrics["training_width"]) == (4, 12)
+    absent = {name for name, value in metrics.items() if value is None}
+    assert absent >= {"ma", "ma_epochs", "ga", "ga_epochs", "val_accuracy", "ga_soft", "leaves_used", "leaf_load"}
+    assert data.looks_at_test == 0 and result["backend"]
     json.dumps(result, allow_nan=False)
+
+
+def test_every_run_has_the_same_metrics(run):
+    """A run that diverged at once too."""
+    whole, empty = run()[0]["metrics"], run(loss=[math.nan] * 7)[0]["metrics"]
+    assert set(whole) == set(empty)
 
 
 def test_results_are_plain_json(run):

@@ -120,6 +120,18 @@ def test_a_run_that_had_ended_by_patience_is_not_trained_further(scripted, scrip
     assert len(resumed.protocol.history["epoch"]) == 3
 
 
+def test_a_run_that_diverged_at_once_and_was_resumed_gives_the_same_record(scripted, scripted_data, fit, tmp_path):
+    def make():
+        model = scripted(train=[0.5], val=[0.5], test=[0.5], loss=[float("nan")])
+        return Classification(model, num_classes=5, optimizer=partial(torch.optim.SGD, lr=0.1))
+
+    task, resumed = make(), make()
+    fit(task, scripted_data(), max_epochs=9, callbacks=[ModelCheckpoint(dirpath=tmp_path, filename="last")])
+    fit(resumed, scripted_data(), max_epochs=9, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.results(scripted_data()) == task.results(scripted_data())
+    assert resumed.results(scripted_data())["metrics"]["num_leaves"] == 5
+
+
 def test_random_state_is_restored_when_training_starts_not_earlier():
     seed_everything(3)
     saved = RandomState().state_dict()
