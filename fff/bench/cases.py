@@ -31,12 +31,14 @@ class Candidate(NamedTuple):
     run: the call that is timed.
     outputs, expected: results of the same module, and what they must be, computed by the plainest code there is; None
         for a competitor that computes another function by design, as a dense layer does.
+    steps: that one call makes; time and operations are told per step.
     """
 
     module: nn.Module
     run: Callable[[], object]
     outputs: Callable[[], dict[str, Tensor]] | None = None
     expected: Callable[[], dict[str, Tensor]] | None = None
+    steps: int = 1
 
 
 def soft_training(

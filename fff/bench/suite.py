@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fff.bench.cases import Candidate
 from fff.bench.count import count_flops, peak_bytes
-from fff.bench.timing import ratio, spread, time_interleaved
+from fff.bench.timing import difference, ratio, spread, time_interleaved
 
 # Largest difference over largest expected value, per tensor. float32 sums over 1000 terms in another order differ by
 # about 1e-6 of it; a forgotten bias or another leaf differs by more than 1e-2.
@@ -35,7 +35,8 @@ def run_case(
     """Rows (one per candidate) and ratios (one per target) of a case.
 
     A candidate whose outputs differ from the expected ones gets its error and nothing else: neither a time nor a ratio.
-    targets: {quantity: "time" | "memory", of, over: names of candidates, at_most | at_least: number}.
+    targets: {quantity, of, over: names of candidates, at_most | at_least: number}; quantity is "time" or "memory" for
+        the ratio, "extra_ms" for the difference of the times of a step in milliseconds.
     """
     rows = {name: {"max_error": None, "agrees": None} for name in candidates}
     for name, candidate in candidates.items():
@@ -44,6 +45,7 @@ def run_case(
             rows[name] = {"max_error": error, "agrees": error <= TOLERANCE}
     sound = {name: candidate for name, candidate in candidates.items() if rows[name]["agrees"] is not False}
     samples = time_interleaved({name: c.run for name, c in sound.items()}, rounds=rounds, min_sample_s=min_sample_s)
+    samples = {name: [value / sound[name].steps for value in values] for name, values in samples.items()}
     for name, candidate in sound.items():
         record = getattr(candidate.module, "record", None)
         median, low, high = spread(samples[name])
@@ -52,7 +54,7 @@ def run_case(
             "median_s": median,
             "quartiles_s": [low, high],
             "peak_bytes": peak_bytes(candidate.run),
-            "flops": count_flops(candidate.run),
+            "flops": count_flops(candidate.run) // candidate.steps,
         }
     return {"rows": rows, "ratios": [_judge(target, rows, samples) for target in targets]}
 
@@ -64,10 +66,12 @@ def _judge(target: Mapping, rows: dict, samples: dict) -> dict:
         return found
     if quantity == "time":
         found["median"], *found["quartiles"] = ratio(samples[of], samples[over])
+    elif quantity == "extra_ms":
+        found["median"], *found["quartiles"] = difference(samples[of], samples[over], scale=1e3)
     elif quantity == "memory":
         found["median"] = rows[of]["peak_bytes"] / rows[over]["peak_bytes"]
     else:
-        raise ValueError(f"quantity={quantity!r} is neither 'time' nor 'memory'")
+        raise ValueError(f"quantity={quantity!r} is none of 'time', 'memory', 'extra_ms'")
     found["met"] = (
         found["median"] <= target["at_most"] if "at_most" in target else found["median"] >= target["at_least"]
     )
@@ -98,14 +102,15 @@ def agrees(cases: Mapping[str, dict]) -> bool:
 
 
 def markdown(cases: Mapping[str, dict]) -> str:
-    """The cases as two tables: candidates, then ratios against their targets."""
+    """The cases as two tables: candidates (time and operations of a step), then ratios and differences against their
+    targets."""
     lines = [
         "| case | candidate | backend | time, ms | quartiles | peak, MiB | GFLOP | max error |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, case in cases.items():
         for candidate, row in case["rows"].items():
-            error = "other function" if row["agrees"] is None else f"{row['max_error']:.1e}"
+            error = "not compared" if row["agrees"] is None else f"{row['max_error']:.1e}"
             if row["agrees"] is False:
                 lines.append(f"| {name} | {candidate} | | outputs differ: not timed | | | | {error} |")
                 continue
@@ -118,11 +123,12 @@ def markdown(cases: Mapping[str, dict]) -> str:
                 f"{row['flops'] / 1e9:.3g}",
             ]
             lines.append(f"| {name} | {candidate} | {' | '.join(cells)} | {error} |")
-    lines += ["", "| case | ratio | median | quartiles | target | met |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    lines += ["", "| case | compared | median | quartiles | target | met |", "| --- | --- | ---: | ---: | ---: | --- |"]
     for name, case in cases.items():
         for entry in case["ratios"]:
             bound = f"<= {entry['at_most']:g}" if "at_most" in entry else f">= {entry['at_least']:g}"
-            label = f"{name} | {entry['quantity']}: {entry['of']} / {entry['over']}"
+            sign = "-" if entry["quantity"] == "extra_ms" else "/"
+            label = f"{name} | {entry['quantity']}: {entry['of']} {sign} {entry['over']}"
             if entry["median"] is None:
                 lines.append(f"| {label} | not measured | | {bound} | |")
                 continue

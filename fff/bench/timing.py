@@ -30,6 +30,11 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     return spread([n / d for n, d in zip(numerator, denominator, strict=True)])
 
 
+def difference(minuend: Sequence[float], subtrahend: Sequence[float], scale: float = 1.0) -> Spread:
+    """Spread of `scale` times the differences of samples taken in the same round."""
+    return spread([scale * (m - s) for m, s in zip(minuend, subtrahend, strict=True)])
+
+
 def time_interleaved(
     calls: Mapping[str, Callable[[], object]],
     *,

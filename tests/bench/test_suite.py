@@ -1,16 +1,21 @@
 """No time without equal outputs; and the suites run."""
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from fff.bench import suite
 from fff.bench.cases import Candidate, hard_inference, hard_training, soft_training
 from fff.bench.suite import agrees, markdown, max_error, run_case
 
 SMALL = dict(in_features=12, out_features=5, leaf_width=3, depth=3, batch=17)
+SHORT = dict(in_features=12, out_features=5, hidden_features=3, batch=17, steps=4)
+CONFIGS = Path(__file__).resolve().parents[2] / "conf" / "bench"
 QUICK = dict(rounds=2, min_sample_s=0.0)
 
 
@@ -76,30 +81,60 @@ def test_targets_are_judged_by_their_bound():
     x = torch.randn(3, 4)
     candidates = {"one": Candidate(module, lambda: module(x)), "same": Candidate(module, lambda: module(x))}
     targets = [
+        {"quantity": "extra_ms", "of": "one", "over": "same", "at_most": 1e9},
+        {"quantity": "extra_ms", "of": "one", "over": "same", "at_least": 1e9},
         {"quantity": "memory", "of": "one", "over": "same", "at_most": 1.0},
         {"quantity": "memory", "of": "one", "over": "same", "at_least": 1.5},
         {"quantity": "time", "of": "one", "over": "absent", "at_least": 1.0},
     ]
     ratios = run_case(candidates, targets, **QUICK)["ratios"]
-    assert [entry["met"] for entry in ratios] == [True, False, None]
+    assert [entry["met"] for entry in ratios] == [True, False, True, False, None]
     with pytest.raises(ValueError, match="quantity='speed'"):
         run_case(candidates, [{"quantity": "speed", "of": "one", "over": "same", "at_most": 1}], **QUICK)
 
 
-@pytest.mark.parametrize("suite", ["training", "inference"])
-def test_command_writes_a_record_of_every_suite(suite, tmp_path, capsys):
+def trainer_case(**options):
+    pytest.importorskip("lightning")
+    from fff.bench.overhead import trainer_overhead
+    from fff.tasks import Classification
+
+    options = {"make_task": Classification, "optimizer": partial(torch.optim.SGD, lr=0.1)} | options
+    return trainer_overhead(**options, **SHORT)
+
+
+def test_time_and_operations_are_those_of_a_step(monkeypatch):
+    monkeypatch.setattr(suite, "time_interleaved", lambda calls, **_: {"trainer": [0.8, 1.6], "plain_loop": [0.4, 0.4]})
+    target = {"quantity": "extra_ms", "of": "trainer", "over": "plain_loop", "at_most": 201}
+    case = run_case(trainer_case(), [target], **QUICK)
+    rows = case["rows"]
+    assert [rows[name]["median_s"] for name in ("trainer", "plain_loop")] == pytest.approx([0.3, 0.1])
+    assert case["ratios"][0]["median"] == pytest.approx(200) and case["ratios"][0]["met"]
+    # A dense step: forward and the weights' gradients of both layers, the hidden units' gradient.
+    assert rows["plain_loop"]["flops"] == 2 * 17 * (2 * 12 * 3 + 3 * 3 * 5)
+
+
+def test_a_trainer_that_trains_otherwise_is_not_timed():
+    from fff.tasks import Classification
+
+    case = trainer_case(make_task=partial(Classification, label_smoothing=0.1))
+    assert run_case(case, **QUICK)["rows"]["trainer"]["agrees"] is False
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "suite").glob("*.yaml")))
+def test_command_writes_a_record_of_every_suite(name, tmp_path, capsys):
     """The configured suites at toy sizes: same cases, same targets."""
     hydra = pytest.importorskip("hydra")
-    from experiments.bench import CONFIGS, run
+    from experiments.bench import run
 
-    overrides = [f"suite={suite}", f"out={tmp_path}", "rounds=1", "min_sample_s=0"]
+    overrides = [f"suite={name}", f"out={tmp_path}", "rounds=1", "min_sample_s=0"]
     with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("config", overrides=overrides)
         for case in cfg.suite.cases.values():
-            case.build.update(SMALL)
+            case.build.update(SHORT if name == "overhead" else SMALL)
         assert run(cfg)
-    record = json.loads(Path(tmp_path / f"{suite}.json").read_text())
+    record = json.loads(Path(tmp_path / f"{name}.json").read_text())
     assert record["config"]["threads"] == 1 and record["hardware"]["cpu"] and record["versions"]["torch"]
     assert set(record["cases"]) == set(cfg.suite.cases)
     targets = sum(len(case.targets) for case in cfg.suite.cases.values())
-    assert capsys.readouterr().out.count(" / ") == targets
+    printed = capsys.readouterr().out
+    assert len(re.findall("(time|memory): .* / |extra_ms: .* - ", printed)) == targets

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from fff.bench.timing import ratio, spread, time_interleaved
+from fff.bench.timing import difference, ratio, spread, time_interleaved
 
 
 class Clock:
@@ -42,6 +42,10 @@ def test_short_calls_are_repeated_within_a_sample():
 
 def test_a_slow_phase_of_the_machine_cancels_in_the_ratio():
     assert ratio([10.0, 20.0, 90.0], [5.0, 10.0, 45.0]) == (2.0, 2.0, 2.0)
+
+
+def test_a_difference_is_taken_within_each_round():
+    assert difference([10.0, 20.0, 90.0], [8.0, 18.0, 88.0], scale=10.0) == (20.0, 20.0, 20.0)
 
 
 def test_spread_is_median_and_quartiles():
