@@ -9,6 +9,12 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f"{name}={value!r} must be an integer >= 1")
 
 
+def check_width(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name}={value!r} must be an integer >= 0")
+
+
 def check_non_negative(**values: float) -> None:
     for name, value in values.items():
         if not value >= 0:
@@ -19,6 +25,11 @@ def check_probability(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value!r} must lie in [0, 1]")
+
+
+def check_depth(depth: int, most: int) -> None:
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 0 <= depth <= most:
+        raise ValueError(f"depth={depth!r} must be an integer between 0 and {most}")
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class TreeTrace(NamedTuple):
-    """Node logits of one forward pass over P trees of depth d, detached.
+    """Node logits, divided by the temperature, of one forward pass over P trees of depth d, detached.
 
     top: (T, P, M) all nodes of the first levels, M = 2^levels - 1.
     node, logit: (T, P, V) heap index and logit of the deeper nodes that single rows visited; None where there are none,
@@ -31,9 +31,7 @@ class TreeTrace(NamedTuple):
         """Mean Bernoulli entropy of each node in nats, (P * (2^d - 1),), over the rows for which it was evaluated:
         all rows for the nodes in `top`, the visiting rows for deeper ones, nan for a node that none visited."""
         num_trees, known = self.top.shape[1:]
-        total = torch.full(
-            (num_trees, 2**self.depth - 1), torch.nan, dtype=torch.float32, device=self.top.device
-        )
+        total = torch.full((num_trees, 2**self.depth - 1), torch.nan, dtype=torch.float32, device=self.top.device)
         total[:, :known] = _entropy(self.top).mean(0)
         if self.node is not None:
             node = self.node.transpose(0, 1).flatten(1)
@@ -45,8 +43,9 @@ class TreeTrace(NamedTuple):
 
 
 def _entropy(logit: Tensor) -> Tensor:
-    logit = logit.float()
-    return torch.nn.functional.softplus(-logit) + logit * torch.sigmoid(-logit)
+    # Even in the logit; on its size nothing cancels.
+    size = logit.float().abs()
+    return torch.nn.functional.softplus(-size) + size * torch.sigmoid(-size)
 
 
 class Record(NamedTuple):
@@ -58,6 +57,7 @@ class Record(NamedTuple):
     num_experts: E.
     backend: resolved name of the `expert_mlp` backend that ran.
     tree: node logits of a tree; None for other layers.
+    demand: (T, K) the choices before a capacity dropped any; None where they equal `index`.
     """
 
     aux_loss: Tensor
@@ -66,20 +66,31 @@ class Record(NamedTuple):
     num_experts: int
     backend: str
     tree: TreeTrace | None = None
+    demand: Tensor | None = None
 
     @property
     def node_entropy(self) -> Tensor | None:
-        """Mean entropy of each tree node in nats, (N,), see `TreeTrace`; computed when asked for; None without a tree."""
+        """Mean entropy of each tree node in nats, (N,), see `TreeTrace`; computed when asked for; None: no tree."""
         return None if self.tree is None else self.tree.node_entropy()
 
     @property
     def load(self) -> Tensor:
         """Rows routed to each expert, (E,) int64, counted from the hard choice; computed when asked for."""
-        chosen = self.index.flatten()
-        kept = (chosen >= 0).to(torch.int64)
-        return torch.zeros(self.num_experts, dtype=torch.int64, device=chosen.device).scatter_add_(
-            0, chosen.clamp(min=0), kept
-        )
+        return _count(self.index, self.num_experts)
+
+    @property
+    def demanded_load(self) -> Tensor:
+        """Rows that chose each expert, dropped ones included, (E,) int64, over all ranks of a distributed run."""
+        load = _count(self.index if self.demand is None else self.demand, self.num_experts)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        return load
+
+
+def _count(index: Tensor, num_experts: int) -> Tensor:
+    index = index.flatten()
+    kept = (index >= 0).to(torch.int64)
+    return torch.zeros(num_experts, dtype=torch.int64, device=index.device).scatter_add_(0, index.clamp(min=0), kept)
 
 
 class Size(NamedTuple):
@@ -147,7 +158,8 @@ def routing(model: nn.Module) -> Iterator[tuple[str, Record]]:
 def aux_loss(model: nn.Module) -> Tensor:
     """Sum of the weighted auxiliary losses of the last forward over all layers of `model`, each layer once; ().
 
-    Add it to the task loss once per forward pass. A layer called several times in one pass counts its last call.
+    Add it to the task loss once per forward pass. A layer called several times in one pass counts its last call; one
+    that a pass leaves out still has the record of the pass before.
     """
     losses = [record.aux_loss for _, record in routing(model)]
     if losses:

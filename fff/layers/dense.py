@@ -9,6 +9,7 @@ from fff.layers.check import check_choice, check_positive, check_probability
 from fff.layers.contract import Record, RoutedLayer, Size
 from fff.layers.init import uniform_fan_in_
 from fff.ops.activation import Activation, resolve_activation
+from fff.ops.context import exporting
 from fff.ops.expert_mlp import expert_mlp
 
 
@@ -74,7 +75,7 @@ class FeedForward(RoutedLayer):
             dropout=self.drop if self.training else 0.0,
             backend=self.backend,
         )
-        if not torch.compiler.is_exporting():
+        if not exporting():
             index = torch.zeros(rows.shape[0], 1, dtype=torch.int64, device=x.device)
             self.record = Record(x.new_zeros(()), {}, index, 1, self.backend)
         return y.view(*x.shape[:-1], self.out_features)

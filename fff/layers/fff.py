@@ -1,21 +1,31 @@
 """The fast feedforward layer: a binary tree of hyperplanes that sends each row to one small feedforward leaf.
 
-T rows, D input width, P parallel trees, d depth, E = P 2^d leaves, L leaf width, N = P (2^d - 1) nodes, K leaves per tree.
+T rows, D input width, P parallel trees, d depth, E = P 2^d leaves, L leaf width, N = P (2^d - 1) nodes, K leaves of
+each tree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fff.layers.check import check_choice, check_non_negative, check_positive, check_probability
+from fff.layers.check import (
+    check_choice,
+    check_depth,
+    check_non_negative,
+    check_positive,
+    check_probability,
+    check_width,
+)
 from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
 from fff.layers.init import uniform_fan_in_
 from fff.ops import balance
 from fff.ops.activation import Activation, resolve_activation
+from fff.ops.context import exporting, without_autocast
 from fff.ops.expert_mlp import BACKENDS, HARD_BACKENDS, choose_backend, expert_mlp
 from fff.ops.tree_route import (
     DENSE_LEVELS,
@@ -30,6 +40,16 @@ from fff.ops.tree_route import (
     path_logits,
     path_to,
 )
+
+
+class _Routing(NamedTuple):
+    """leaf: (T, P, K) within each tree.  gate: (T, P K), or (T, E) when soft; None: all 1."""
+
+    leaf: Tensor
+    gate: Tensor | None
+    losses: dict[str, Tensor]
+    trace: TreeTrace
+
 
 Mode = Literal["soft", "straight_through", "gated"]
 SoftGate = Literal["sigmoid", "additive"]
@@ -48,24 +68,28 @@ class FFF(RoutedLayer):
         "gated" runs the greedy leaf with weight p in training and evaluation.
         The two hard modes collapse to few leaves without a balance loss.
     top_k: leaves per tree in hard routing, found by a beam of `beam_width` (default top_k) paths. Their weights are
-        p / sum(p) ("gated": p). 1 is the greedy leaf.
+        p / sum(p) ("gated": p). With a beam of width 1, the default for one leaf, it is the greedy leaf; a wider beam
+        finds more probable leaves, which is another decision.
     num_trees: parallel trees, whose outputs are added.
     node_width: hidden units n of the node networks <D, n, 1>; 1 is a single hyperplane.
     master_width: width of a dense leaf that sees every row; the output is then s * tree + (1 - s) * master with a
         trainable s = sigmoid(master_mix) (arXiv 2405.16836).
-    soft_gate: "sigmoid", or "additive" for a softmax over leaves of signed node logits ("soft" mode only).
-    temperature: divides node logits in probabilities; decisions do not depend on it.
-    region_leak: probability with which a row takes the other child of a node, in training.
+    soft_gate: "sigmoid", or "additive" for a softmax over leaves of signed node logits ("soft" mode only). However
+        hard its decisions, an additive mixture need not tend to the greedy leaf that evaluation runs.
+    temperature: divides node logits in probabilities and losses; greedy decisions do not depend on it.
+    region_leak: probability with which a node's two children are swapped for a row, in training.
     hardening_weight: times the mean entropy of the node decisions (all nodes when soft, those on the path when hard).
     balance_weight: times `leaf_balance` when soft, times `path_balance` when hard; 1 each where leaves are used evenly.
     node_balance_weight: times the per-node balance of soft decision trees, over the first 7 levels in hard modes.
-    bias_update_rate: > 0 balances by decision biases without a loss; call `fff.update_biases(model)` after each step.
-    backend: of the expert computation in hard routes, see `fff.ops.expert_mlp`; the soft mixture takes "dense" unless it
-        is "reference".
+    bias_update_rate: > 0 balances the hard modes by decision biases without a loss; call `fff.update_biases(model)`
+        after each step. The biases are part of the state dict, and need more than bfloat16 has: train by autocast.
+    backend: of the expert computation in hard routes, see `fff.ops.expert_mlp`; the soft mixture takes "dense" unless
+        it is "reference".
     soft_eval: evaluate the soft mixture instead of the hard route; `fff.soft_evaluation(model)` sets it for a while.
 
     hardening_weight, balance_weight, node_balance_weight, temperature, region_leak, drop and soft_eval may be changed
-    between steps. A row with a nan goes left at every node whose logit is nan.
+    between steps. A row with a nan goes left at every node whose logit is nan. Under autocast the tree decides in the
+    type of its parameters.
     """
 
     def __init__(
@@ -107,8 +131,8 @@ class FFF(RoutedLayer):
             top_k=top_k,
             beam_width=beam_width,
         )
-        if not isinstance(depth, int) or not 0 <= depth <= MAX_DEPTH:
-            raise ValueError(f"depth={depth!r} must be an integer between 0 and {MAX_DEPTH}")
+        check_depth(depth, MAX_DEPTH)
+        check_width(master_width=master_width)
         if top_k > 2**depth:
             raise ValueError(f"top_k={top_k} exceeds the number of leaves of one tree, {2**depth}")
         if beam_width < top_k:
@@ -119,12 +143,13 @@ class FFF(RoutedLayer):
             raise ValueError(f"soft_gate='additive' normalises over all leaves and needs mode='soft', not {mode!r}")
         check_probability(drop=drop, region_leak=region_leak)
         check_non_negative(
-            master_width=master_width,
             hardening_weight=hardening_weight,
             balance_weight=balance_weight,
             node_balance_weight=node_balance_weight,
             bias_update_rate=bias_update_rate,
         )
+        if bias_update_rate and mode == "soft":
+            raise ValueError(f"bias_update_rate={bias_update_rate!r} moves decisions, not the mixture of mode='soft'")
         if not temperature > 0:
             raise ValueError(f"temperature={temperature!r} must be > 0")
         check_choice("backend", backend, ("auto", *BACKENDS))
@@ -156,7 +181,20 @@ class FFF(RoutedLayer):
             self.master_b_out = nn.Parameter(torch.empty(1, out_features)) if bias else None
             self.master_mix = nn.Parameter(torch.empty(()))
         self.register_buffer("decision_bias", torch.zeros(nodes) if bias_update_rate > 0 else None)
+        if depth == 0:  # no nodes: nothing for DistributedDataParallel to wait for
+            for parameter in (self.node_weight, self.node_bias, self.node_out_weight, self.node_out_bias):
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+        self._check_region_leak()
         self.reset_parameters()
+
+    def _check_region_leak(self) -> None:
+        beam = self.mode != "soft" and self.beam_width > 1
+        if self.region_leak and (beam or self.soft_gate == "additive"):
+            raise ValueError(
+                f"region_leak={self.region_leak!r} swaps the children of one path or of sigmoids; it means nothing for "
+                f"mode={self.mode!r}, beam_width={self.beam_width}, soft_gate={self.soft_gate!r}"
+            )
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(fan in), as `nn.Linear` and the authors' package; parallel trees share one fan-in."""
@@ -202,13 +240,20 @@ class FFF(RoutedLayer):
             self.act,
         )
 
-    def _leaves(self, x: Tensor, nodes: Nodes, top: Tensor, leak: float) -> Tensor:
+    def _leaves(self, x: Tensor, nodes: Nodes, top: Tensor, flip: Tensor | None) -> Tensor:
         """(T, P, K) chosen leaves, counted within each tree."""
         bias = None if self.decision_bias is None else self.decision_bias.view(self.num_trees, -1)
         if self.beam_width == 1:
-            return greedy_leaf(x, nodes, self.depth, top, decision_bias=bias, region_leak=leak)
+            return greedy_leaf(x, nodes, self.depth, top, decision_bias=bias, flip=flip)
         return beam_leaves(
-            x, nodes, self.depth, top, top_k=self.top_k, beam_width=self.beam_width, decision_bias=bias
+            x,
+            nodes,
+            self.depth,
+            top,
+            top_k=self.top_k,
+            beam_width=self.beam_width,
+            decision_bias=bias,
+            temperature=self.temperature,
         )
 
     def _expert_index(self, leaf: Tensor) -> Tensor:
@@ -220,118 +265,109 @@ class FFF(RoutedLayer):
     def forward(self, x: Tensor) -> Tensor:
         rows = self.rows(x)
         soft = self.mode == "soft" if self.training else self.soft_eval
-        nodes = self._nodes()
-        top = dense_logits(rows, nodes, self.depth if soft else min(self.depth, DENSE_LEVELS))
-        leak = self.region_leak if self.training else 0.0
-        # When soft, the leak swaps probabilities; the route that is counted stays that of the logits.
-        leaf = self._leaves(rows, nodes, top, 0.0 if soft else leak)
-        path = visited = None
-        if soft:
-            probability = self._leaf_probability(top, leak)
-            index, gate = None, probability.flatten(1)
-        else:
-            index = self._expert_index(leaf)
-            # Only these need the probability of the path; hard evaluation with one leaf per tree does not.
-            if self.training or self.mode == "gated" or self.top_k > 1:
-                path = path_to(leaf, self.depth)
-                visited = path_logits(rows, nodes, path.node, top)
-            gate = self._hard_gate(visited, path)
+        with without_autocast(rows):
+            routing = self._route(rows.to(self.node_weight.dtype), soft)
         # A backend for chosen leaves cannot run the soft mixture; that one is "dense" then.
         wanted = "auto" if soft and self.backend in HARD_BACKENDS else self.backend
+        index = None if soft else self._expert_index(routing.leaf)
         backend = choose_backend(wanted, rows, index, self.w_out)
-        compute = partial(
-            expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0
-        )
-        y = compute(rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out, backend=backend)
+        compute = partial(expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0)
+        y = compute(rows, index, routing.gate, self.w_in, self.b_in, self.w_out, self.b_out, backend=backend)
         if self.master_width:
-            master = compute(
-                rows, None, None, self.master_w_in, self.master_b_in, self.master_w_out, self.master_b_out
-            )
+            master = compute(rows, None, None, self.master_w_in, self.master_b_in, self.master_w_out, self.master_b_out)
             share = torch.sigmoid(self.master_mix).to(y.dtype)
             y = share * y + (1 - share) * master
-        if not torch.compiler.is_exporting():
-            losses = {}
-            if self.training and self.depth:
-                losses = self._soft_losses(top, leaf, probability) if soft else self._hard_losses(top, visited, path)
-            self.record = self._record(losses, top, visited, path, leaf, backend)
+        if not exporting():
+            self.record = self._record(routing, backend)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _leaf_probability(self, logits: Tensor, leak: float) -> Tensor:
-        if self.soft_gate == "additive":
-            return additive_leaf_probability(logits, temperature=self.temperature)
-        return leaf_probability(logits, temperature=self.temperature, region_leak=leak)
-
-    def _hard_gate(self, visited: Tensor | None, path: Path | None) -> Tensor | None:
-        if visited is None:
-            return None
-        log_p = path_log_probability(visited, path.right, self.temperature)
+    def _route(self, x: Tensor, soft: bool) -> _Routing:
+        """What the tree decides for the rows x, and the losses of these decisions."""
+        nodes = self._nodes()
+        raw = dense_logits(x, nodes, self.depth if soft else min(self.depth, DENSE_LEVELS))
+        top = raw if self.temperature == 1 else raw / self.temperature
+        leak = self.region_leak if self.training else 0.0
+        if leak:
+            self._check_region_leak()  # it may have been set since
+        flip = None
+        if leak and not soft:
+            flip = torch.rand(x.shape[0], self.num_trees, self.depth, device=x.device) < leak
+        # When soft, the leak swaps probabilities; the route that is counted stays that of the logits.
+        leaf = self._leaves(x, nodes, raw, flip)
+        if soft:
+            if self.soft_gate == "additive":
+                probability = additive_leaf_probability(top)
+            else:
+                probability = leaf_probability(top, region_leak=leak)
+            losses = self._soft_losses(top, leaf, probability) if self.training else {}
+            return _Routing(leaf, probability.flatten(1), losses, TreeTrace(top.detach(), self.depth))
+        # Only these need the probability of the path; hard evaluation with one leaf per tree does not.
+        if not (self.training or self.mode == "gated" or self.top_k > 1):
+            return _Routing(leaf, None, {}, TreeTrace(top.detach(), self.depth))
+        path = path_to(leaf, self.depth)
+        visited = path_logits(x, nodes, path.node, raw)
+        visited = visited if self.temperature == 1 else visited / self.temperature
+        # A leak swaps a node's probabilities, so the child that is taken weighs what the other one would have.
+        decided = path.right if flip is None else path.right ^ flip.unsqueeze(2)
+        log_p = path_log_probability(visited, decided)
         if self.mode != "gated":
             # p / stop_gradient(sum p): the weights add up to 1 and keep the gradient of each p; for one leaf the value
             # is exactly 1, as exp(0) is.
             log_p = log_p - log_p.logsumexp(-1, keepdim=True).detach()
-        return log_p.exp().flatten(1)
+        losses = self._hard_losses(top, visited, path, decided) if self.training else {}
+        return _Routing(leaf, log_p.exp().flatten(1), losses, self._trace(top, visited, path))
 
     def _soft_losses(self, logits: Tensor, leaf: Tensor, probability: Tensor) -> dict[str, Tensor]:
+        if self.depth == 0:
+            return {}
         losses = {}
         if self.hardening_weight:
             losses["hardening"] = balance.hardening_entropy(logits)
         if self.balance_weight:
-            losses["balance"] = _mean_over_trees(
-                [balance.leaf_balance(probability[:, p], leaf[:, p]) for p in range(self.num_trees)]
-            )
+            losses["balance"] = self._mean_over_trees(lambda p: balance.leaf_balance(probability[:, p], leaf[:, p]))
         if self.node_balance_weight:
-            losses["node_balance"] = _mean_over_trees(
-                [balance.node_balance(logits[:, p]) for p in range(self.num_trees)]
-            )
+            losses["node_balance"] = self._mean_over_trees(lambda p: balance.node_balance(logits[:, p]))
         return losses
 
-    def _hard_losses(self, top: Tensor, visited: Tensor, path: Path) -> dict[str, Tensor]:
+    def _hard_losses(self, top: Tensor, visited: Tensor, path: Path, decided: Tensor) -> dict[str, Tensor]:
+        if self.depth == 0:
+            return {}
         losses = {}
         if self.hardening_weight:
             losses["hardening"] = balance.hardening_entropy(visited)
         if self.balance_weight:
             child = 2 * path.node + 1 + path.right.to(torch.int64)
-            right = torch.sigmoid(visited / self.temperature)
-            losses["balance"] = _mean_over_trees(
-                [
-                    balance.path_balance(child[:, p].flatten(0, 1), right[:, p].flatten(0, 1), self.depth)
-                    for p in range(self.num_trees)
-                ]
+            right = torch.sigmoid(torch.where(path.right == decided, visited, -visited))
+            losses["balance"] = self._mean_over_trees(
+                lambda p: balance.path_balance(child[:, p].flatten(0, 1), right[:, p].flatten(0, 1), self.depth)
             )
         if self.node_balance_weight:
-            losses["node_balance"] = _mean_over_trees([balance.node_balance(top[:, p]) for p in range(self.num_trees)])
+            losses["node_balance"] = self._mean_over_trees(lambda p: balance.node_balance(top[:, p]))
         return losses
 
-    def _record(
-        self,
-        losses: dict[str, Tensor],
-        top: Tensor,
-        visited: Tensor | None,
-        path: Path | None,
-        leaf: Tensor,
-        backend: str,
-    ) -> Record:
-        aux = top.new_zeros(())
-        for name, loss in losses.items():
+    def _mean_over_trees(self, loss: Callable[[int], Tensor]) -> Tensor:
+        return torch.stack([loss(p) for p in range(self.num_trees)]).mean()
+
+    def _trace(self, top: Tensor, visited: Tensor, path: Path) -> TreeTrace:
+        levels = min(self.depth, DENSE_LEVELS)
+        if self.depth == levels:
+            return TreeTrace(top.detach(), self.depth)
+        deep = path.node[..., levels:].flatten(2), visited.detach()[..., levels:].flatten(2)
+        return TreeTrace(top.detach(), self.depth, *deep)
+
+    def _record(self, routing: _Routing, backend: str) -> Record:
+        aux = routing.trace.top.new_zeros(())
+        for name, loss in routing.losses.items():
             aux = aux + getattr(self, f"{name}_weight") * loss
-        trace = TreeTrace(top.detach(), self.depth)
-        levels = (top.shape[2] + 1).bit_length() - 1
-        if visited is not None and self.depth > levels:
-            trace = TreeTrace(
-                top.detach(),
-                self.depth,
-                path.node[..., levels:].flatten(2),
-                visited.detach()[..., levels:].flatten(2),
-            )
-        raw = {name: loss.detach() for name, loss in losses.items()}
-        return Record(aux, raw, self._expert_index(leaf), self.num_leaves, backend, trace)
+        raw = {name: loss.detach() for name, loss in routing.losses.items()}
+        return Record(aux, raw, self._expert_index(routing.leaf), self.num_leaves, backend, routing.trace)
 
     @torch.no_grad()
     def update_bias(self) -> None:
         """Shift every node's decision by `bias_update_rate` towards the child that the last forward used less."""
         if self.decision_bias is None or self.record is None:
             return
-        rows = self.record.load.view(self.num_trees, -1)
+        rows = self.record.demanded_load.view(self.num_trees, -1)
         steps = []
         for level in reversed(range(self.depth)):
             children = rows.unflatten(1, (2**level, 2, -1)).sum(-1)
@@ -348,7 +384,3 @@ class FFF(RoutedLayer):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text
-
-
-def _mean_over_trees(losses: list[Tensor]) -> Tensor:
-    return torch.stack(losses).mean()

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fff.layers.check import check_choice, check_non_negative, check_positive, check_probability
+from fff.layers.check import check_choice, check_non_negative, check_positive, check_probability, check_width
 from fff.layers.contract import Record, RoutedLayer, Size
 from fff.layers.init import uniform_fan_in_
 from fff.ops import balance, top_k_route
 from fff.ops.activation import Activation, resolve_activation
+from fff.ops.context import exporting, without_autocast
 from fff.ops.expert_mlp import HARD_BACKENDS, choose_backend, expert_mlp
 from fff.ops.top_k_route import TopKRoute
 
@@ -87,8 +88,8 @@ class MoE(RoutedLayer):
             balance_weight=balance_weight,
             z_weight=z_weight,
             bias_update_rate=bias_update_rate,
-            shared_width=shared_width,
         )
+        check_width(shared_width=shared_width)
         check_probability(jitter=jitter, drop=drop)
         if capacity_factor is not None and not capacity_factor > 0:
             raise ValueError(f"capacity_factor={capacity_factor!r} must be > 0 or None")
@@ -159,24 +160,21 @@ class MoE(RoutedLayer):
         route = chosen = self._route(rows)
         if self.training and self.capacity_factor is not None and self.router != "expert_choice":
             route = top_k_route.apply_capacity(chosen, self._capacity(rows, self.capacity_factor))
-        compute = partial(
-            expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0
-        )
+        compute = partial(expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0)
         index, gate = None if soft else route.index, route.gate.to(rows.dtype)
         backend = choose_backend(self.backend, rows, index, self.w_out)
         y = compute(rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out, backend=backend)
         if self.shared_width:
-            y = y + compute(
-                rows, None, None, self.shared_w_in, self.shared_b_in, self.shared_w_out, self.shared_b_out
-            )
-        if not torch.compiler.is_exporting():
+            y = y + compute(rows, None, None, self.shared_w_in, self.shared_b_in, self.shared_w_out, self.shared_b_out)
+        if not exporting():
             # Losses see the choice as the router made it: dropped rows are what they should prevent.
             losses = self._losses(chosen) if self.training else {}
             aux = chosen.logits.new_zeros(())
             for name, loss in losses.items():
                 aux = aux + getattr(self, f"{name}_weight") * loss
             raw = {name: loss.detach() for name, loss in losses.items()}
-            self.record = Record(aux, raw, route.index, self.num_experts, backend)
+            demand = None if route is chosen else chosen.index
+            self.record = Record(aux, raw, route.index, self.num_experts, backend, demand=demand)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _capacity(self, rows: Tensor, factor: float) -> int:
@@ -186,9 +184,13 @@ class MoE(RoutedLayer):
         routed = rows
         if self.training and self.jitter:
             routed = rows * torch.empty_like(rows).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = _at_least_float32(F.linear(routed, self.gate_weight))
+        with without_autocast(routed):
+            logits = F.linear(_at_least_float32(routed), _at_least_float32(self.gate_weight))
+            if self.training and self.noise_weight is not None:
+                noise = F.linear(_at_least_float32(routed), _at_least_float32(self.noise_weight))
+            else:
+                noise = None
         if self.router == "noisy_top_k":
-            noise = _at_least_float32(F.linear(routed, self.noise_weight)) if self.training else None
             return top_k_route.noisy_top_k(logits, self.top_k, noise, with_load=self.load_weight != 0)
         if self.router == "mixtral":
             return top_k_route.mixtral(logits, self.top_k)
@@ -214,7 +216,8 @@ class MoE(RoutedLayer):
     def update_bias(self) -> None:
         """Shift the decision biases by `bias_update_rate` towards the experts that the last forward used less."""
         if self.bias_update_rate and self.record is not None:
-            self.decision_bias.copy_(balance.bias_step(self.decision_bias, self.record.load, self.bias_update_rate))
+            load = self.record.demanded_load
+            self.decision_bias.copy_(balance.bias_step(self.decision_bias, load, self.bias_update_rate))
 
     def extra_repr(self) -> str:
         return (

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fff.layers.check import check_choice, check_positive
+from fff.layers.check import check_choice, check_depth, check_positive
 from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
 from fff.layers.init import uniform_fan_in_
 from fff.ops.activation import Activation, resolve_activation
+from fff.ops.context import autocast_dtype, exporting, without_autocast
 from fff.ops.tree_route import DENSE_LEVELS, Nodes, dense_logits, greedy_leaf, path_logits, path_to
 
 MAX_DEPTH = 15
@@ -49,8 +50,7 @@ class UltraFFF(RoutedLayer):
         super().__init__()
         out_features = in_features if out_features is None else out_features
         check_positive(in_features=in_features, out_features=out_features, num_trees=num_trees)
-        if not isinstance(depth, int) or not 0 <= depth <= MAX_DEPTH:
-            raise ValueError(f"depth={depth!r} must be an integer between 0 and {MAX_DEPTH}")
+        check_depth(depth, MAX_DEPTH)
         check_choice("backend", backend, ("auto", "dense", "gather"))
         self.in_features, self.out_features, self.depth, self.num_trees = in_features, out_features, depth, num_trees
         self.act = resolve_activation(act_layer)
@@ -74,6 +74,15 @@ class UltraFFF(RoutedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.rows(x)
+        dtype = autocast_dtype(rows)
+        if dtype is None:
+            y = self._walk(rows)
+        else:  # a neuron decides too, so all of it is computed in the type of the parameters
+            with without_autocast(rows):
+                y = self._walk(rows.to(self.w_in.dtype)).to(dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _walk(self, rows: Tensor) -> Tensor:
         neurons = self.w_in.shape[0] // self.num_trees
         bias = None if self.b_in is None else self.b_in.view(self.num_trees, neurons)
         nodes = Nodes(self.w_in.view(self.num_trees, neurons, -1), bias)
@@ -84,7 +93,7 @@ class UltraFFF(RoutedLayer):
         last = (2**self.depth - 1 + leaf).unsqueeze(-1)
         node = torch.cat([path_to(leaf, self.depth).node, last], dim=-1)
         logit = path_logits(rows, nodes, node, top)
-        tree = torch.arange(self.num_trees, device=x.device).view(1, -1, 1)
+        tree = torch.arange(self.num_trees, device=rows.device).view(1, -1, 1)
         index = (node.squeeze(2) + tree * neurons).flatten(1)
         hidden = self.act(logit).flatten(1)
         if self.backend == "dense":
@@ -92,17 +101,15 @@ class UltraFFF(RoutedLayer):
             y = on_path @ self.w_out
         else:
             y = F.embedding_bag(index, self.w_out, per_sample_weights=hidden.to(self.w_out.dtype), mode="sum")
-        if not torch.compiler.is_exporting():
+        if not exporting():
             index = (leaf.squeeze(2) + tree.squeeze(2) * 2**self.depth).flatten(1)
             decisions = min(self.depth, levels)
             trace = TreeTrace(top.detach()[..., : 2**decisions - 1], self.depth)
             if self.depth > levels:
                 deep = slice(levels, self.depth)
                 trace = trace._replace(node=node[..., deep].flatten(2), logit=logit.detach()[..., deep].flatten(2))
-            self.record = Record(
-                x.new_zeros(()), {}, index, self.num_trees * 2**self.depth, self.backend, trace
-            )
-        return y.view(*x.shape[:-1], self.out_features)
+            self.record = Record(rows.new_zeros(()), {}, index, self.num_trees * 2**self.depth, self.backend, trace)
+        return y
 
     def extra_repr(self) -> str:
         return (

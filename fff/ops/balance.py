@@ -93,9 +93,7 @@ def leaf_balance(
     return switch(leaf_probability, leaf)
 
 
-def path_balance(
-    child: Int[Tensor, "T d"], right_probability: Float[Tensor, "T d"], depth: int
-) -> Float[Tensor, ""]:
+def path_balance(child: Int[Tensor, "T d"], right_probability: Float[Tensor, "T d"], depth: int) -> Float[Tensor, ""]:
     """Switch losses of the visited nodes over their two children, summed over levels; needs the path alone.
 
     Ours, the logarithmic-time form of `leaf_balance`: at level m a row costs 2^(m+1) [c f(right) + (1 - c) f(left)],
@@ -139,9 +137,7 @@ def node_balance(logits: Float[Tensor, "T N"], decay: float = 0.5) -> Float[Tens
     return cost
 
 
-def hardening_entropy(
-    logits: Float[Tensor, " *any"], reduction: Literal["mean", "sum"] = "mean"
-) -> Float[Tensor, ""]:
+def hardening_entropy(logits: Float[Tensor, " *any"], reduction: Literal["mean", "sum"] = "mean") -> Float[Tensor, ""]:
     """Entropy in nats of the Bernoulli decisions with these logits; Belcak & Wattenhofer 2023, L_harden.
 
     "mean" over rows and nodes is what the authors' code computes, and what their weight h = 3.0 belongs to; "sum" is

@@ -104,8 +104,36 @@ def test_no_grad_and_gradient_accumulation(make):
     with torch.no_grad():
         layer(torch.randn(4, 6))
     assert not fff.aux_loss(layer).requires_grad
-    for _ in range(2):  # each micro-batch has its own record and its own backward pass
-        (layer(torch.randn(4, 6)).sum() + fff.aux_loss(layer)).backward()
+    # Each micro-batch has its own record: the gradients add up to those of the two passes taken alone.
+    batches, alone = torch.randn(2, 4, 6), []
+    for accumulate in (False, True):
+        layer.zero_grad()
+        for step, x in enumerate(batches):
+            torch.manual_seed(step)
+            if not accumulate:
+                layer.zero_grad()
+            (layer(x).square().sum() + fff.aux_loss(layer)).backward()
+            if not accumulate:
+                alone.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    together = [p.grad for p in layer.parameters() if p.grad is not None]
+    for first, second, both in zip(*alone, together, strict=True):
+        torch.testing.assert_close(first + second, both)
+
+
+def test_autocast_gives_its_type_and_the_decisions_of_full_precision(make):
+    layer, x = make().eval(), torch.randn(200, 6)
+    expected = layer(x)
+    index = layer.record.index
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16  # what a linear layer before this one would hand over
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(layer.record.index, index)
+    torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.05)
+
+
+def test_meta_device(make):
+    layer = make().to("meta")
+    assert layer(torch.empty(7, 6, device="meta")).shape == (7, 5)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(make):
@@ -166,7 +194,13 @@ def test_compiles_as_one_graph(make, training):
     torch.manual_seed(1)
     torch.testing.assert_close(y, layer(x))
     assert torch.equal(index, layer.record.index)
-    (compiled(torch.randn(5, 6)).sum() + fff.aux_loss(layer)).backward()
+    x = torch.randn(5, 6)  # another batch size: whatever the graph took from the first one would show
+    torch.manual_seed(2)
+    y = compiled(x)
+    assert layer.record.index.shape[0] == 5
+    (y.sum() + fff.aux_loss(layer)).backward()
+    torch.manual_seed(2)
+    torch.testing.assert_close(y, layer(x))
 
 
 def test_exports_with_a_dynamic_batch(make):
@@ -203,6 +237,11 @@ def test_bad_input_is_named(make):
     [
         ({"depth": -1}, "depth=-1"),
         ({"depth": 16}, "depth=16"),
+        ({"depth": True}, "depth=True"),
+        ({"master_width": 2.5}, "master_width=2.5"),
+        ({"region_leak": 0.1, "top_k": 2, "mode": "gated"}, "region_leak=0.1"),
+        ({"region_leak": 0.1, "soft_gate": "additive"}, "region_leak=0.1"),
+        ({"bias_update_rate": 0.1}, "bias_update_rate=0.1"),
         ({"leaf_width": 0}, "leaf_width=0"),
         ({"top_k": 9}, "top_k=9"),
         ({"top_k": 2, "beam_width": 1}, "beam_width=1"),

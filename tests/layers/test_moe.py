@@ -457,3 +457,13 @@ def test_backends_agree():
         results.append([y.detach(), *(p.grad for p in layer.parameters())])
     torch.testing.assert_close(results[1], results[0])
     torch.testing.assert_close(results[2], results[0])
+
+
+def test_bias_balancing_follows_what_rows_chose_not_what_a_capacity_let_through():
+    layer = MoE(2, 2, num_experts=2, top_k=1, router="sigmoid", capacity_factor=0.5, bias_update_rate=0.1)
+    with torch.no_grad():
+        layer.gate_weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    layer(torch.tensor([[1.0, 0.0]] * 6 + [[-1.0, 0.0]] * 2))
+    assert layer.record.load.tolist() == [2, 2] and layer.record.demanded_load.tolist() == [6, 2]
+    layer.update_bias()
+    torch.testing.assert_close(layer.decision_bias, torch.tensor([-0.1, 0.1]))

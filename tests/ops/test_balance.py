@@ -214,7 +214,6 @@ def test_hardening_entropy_by_hand():
     assert balance.hardening_entropy(logits).item() == pytest.approx(sum(entropy) / 2)
 
 
-
 def test_hardening_entropy_keeps_its_precision_in_the_tails():
     z = torch.tensor([12.0, -20.0])
     # p (1 - log p) for small p = exp(-|z|), to first order.

@@ -95,6 +95,21 @@ def test_dense_equals_reference(glu, bias, gated):
     assert_same(value_and_grads(x, None, gate, weights, glu=glu, backend="dense"), expected)
 
 
+@pytest.mark.parametrize("backend", HARD)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_expert_that_was_not_chosen_cannot_spoil_a_row(backend, value):
+    index = torch.tensor([[0, 1], [1, -1], [2, 0]])
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    gate = torch.rand(3, 2, dtype=torch.float64)
+    weights = parameters(5, 3, 2, 4)
+    with torch.no_grad():
+        weights[1][2], weights[3][2] = value, value  # an overflow of its pre-activation, say
+    y = expert_mlp(x, index, gate, *weights, backend=backend)
+    (grad,) = torch.autograd.grad(y[:2].sum(), x)
+    assert y[:2].isfinite().all() and not y[2].isfinite().all()
+    assert grad[:2].isfinite().all()
+
+
 def test_reference_is_the_formula_for_one_row_by_hand():
     x = torch.tensor([[1.0, 2.0]])
     w_in = torch.tensor([[[1.0, 1.0]], [[-1.0, 0.0]]])  # expert 0: relu(3 + 1) = 4, expert 1: relu(-1 + 1) = 0
@@ -119,7 +134,9 @@ def test_gradcheck(backend, activation):
 
 
 @pytest.mark.parametrize("backend", ["grouped", "gather", "dense"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-23)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-23)]
+)
 def test_low_precision_is_kept_and_near(backend, dtype, tolerance):
     experts, choices = 4, 2
     x, gate = torch.randn(9, 16), torch.rand(9, experts if backend == "dense" else choices)
@@ -190,12 +207,15 @@ def test_auto_backend():
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"activation": "rellu"}, "activation='rellu'"),
         ({"glu": True}, "w_in has 2 rows"),
+        ({"x": torch.randn(5, 3)}, r"x has shape \(5, 3\)"),
+        ({"gate": torch.randn(5, 2)}, r"gate has shape \(5, 2\)"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, named):
     weights = parameters(4, 3, 2, 3)
     with pytest.raises(ValueError, match=named):
-        expert_mlp(torch.randn(5, 4).double(), torch.zeros(5, 1, dtype=torch.int64), None, *weights, **kwargs)
+        x, gate = kwargs.pop("x", torch.randn(5, 4)).double(), kwargs.pop("gate", None)
+        expert_mlp(x, torch.zeros(5, 1, dtype=torch.int64), gate, *weights, **kwargs)
 
 
 def test_a_backend_for_chosen_experts_needs_an_index():

@@ -13,7 +13,10 @@ HERE = Path(__file__).parent
 
 def run(*arguments):
     root = HERE.parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(root), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "shape_checks", "-p", "no:cacheprovider", *map(str, arguments)],
         capture_output=True, text=True, cwd=root, env=environment,

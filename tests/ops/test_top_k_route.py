@@ -212,9 +212,7 @@ def test_capacity_by_hand():
     assert route.gate.tolist() == [[0.5, 0.5], [0.5, 0], [0.5, 0]]
 
 
-@given(
-    st.lists(st.permutations(range(-1, 4)).map(lambda p: p[:3]), min_size=0, max_size=12), st.integers(0, 6)
-)
+@given(st.lists(st.permutations(range(-1, 4)).map(lambda p: p[:3]), min_size=0, max_size=12), st.integers(0, 6))
 @settings(max_examples=100, deadline=None)
 def test_capacity_against_a_queue(rows, capacity):
     index = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)

@@ -74,7 +74,11 @@ def test_against_the_recursion(depth):
 @given(st.integers(0, 6), st.integers(1, 3), st.integers(0, 5), st.floats(0.1, 50))
 def test_mass_sums_to_one_and_paths_agree_with_the_mixture(depth, trees, rows, scale):
     logits = scale * torch.randn(rows, trees, 2**depth - 1, dtype=torch.float64)
-    for probability in (leaf_probability(logits), additive_leaf_probability(logits), leaf_probability(logits, region_leak=0.3)):
+    for probability in (
+        leaf_probability(logits),
+        additive_leaf_probability(logits),
+        leaf_probability(logits, region_leak=0.3),
+    ):
         assert (probability >= 0).all()
         torch.testing.assert_close(probability.sum(-1), torch.ones(rows, trees, dtype=torch.float64))
     every = path_to(torch.arange(2**depth).expand(rows, trees, -1), depth)
@@ -148,9 +152,10 @@ def test_decision_bias_decides_but_does_not_gate():
 
 def test_region_leak_takes_the_other_child():
     logits = torch.full((4000, 1), 3.0)
-    taken = leaf_of(logits, 1, region_leak=0.25).float().mean().item()
-    assert abs(taken - 0.75) < 4 * (0.25 * 0.75 / 4000) ** 0.5
-    assert (leaf_of(logits, 1, region_leak=1.0) == 0).all()
+    flip = torch.arange(4000).view(-1, 1, 1) % 2 == 0
+    assert torch.equal(leaf_of(logits, 1, flip=flip) == 0, flip)
+    mixed = leaf_probability(logits.unsqueeze(1), region_leak=0.25)[:, 0, 0] > 0.5
+    assert abs(mixed.float().mean().item() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     swapped = leaf_probability(logits.unsqueeze(1), region_leak=1.0)[0, 0]
     torch.testing.assert_close(swapped, leaf_probability(logits.unsqueeze(1))[0, 0].flip(0))
 
@@ -165,7 +170,7 @@ def test_nan_goes_left():
 @pytest.mark.parametrize("probability", [leaf_probability, additive_leaf_probability])
 def test_gradcheck_of_soft_probabilities(probability):
     logits = torch.randn(3, 2, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: probability(z, temperature=0.7), logits)
+    assert torch.autograd.gradcheck(lambda z: probability(z), logits)
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -177,7 +182,7 @@ def test_gradcheck_of_path_probability(width):
     def probability(x, *parameters):
         given = Nodes(*parameters)
         logit = path_logits(x, given, path.node, dense_logits(x, given, 2))
-        return path_log_probability(logit, path.right, 0.8)
+        return path_log_probability(logit, path.right)
 
     assert torch.autograd.gradcheck(probability, (x, *parameters))
 
@@ -188,3 +193,11 @@ def test_bad_beam_is_named():
         beam_leaves(logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=5, beam_width=8)
     with pytest.raises(ValueError, match="beam_width=1 is smaller than top_k=2"):
         beam_leaves(logits, Nodes(logits, None), 2, logits.unsqueeze(1), top_k=2, beam_width=1)
+
+
+def test_beam_compares_paths_at_its_temperature():
+    nodes, x = make_nodes(1, 5, 6), torch.randn(200, 6, dtype=torch.float64)
+    logits = 4 * dense_logits(x, nodes, 5)
+    for temperature in (1.0, 10.0):
+        beam = beam_leaves(logits[:, 0], nodes, 5, logits, top_k=2, beam_width=32, temperature=temperature)
+        assert torch.equal(beam, leaf_probability(logits / temperature).topk(2, dim=-1).indices)

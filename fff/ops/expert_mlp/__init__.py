@@ -10,7 +10,10 @@ Backends compute the same function and the same gradients; they differ in cost:
 | reference | loop over experts with boolean masks            | reading and testing                               |
 | dense     | every expert for every row, two matmuls         | soft mixtures; small layers                       |
 | grouped   | sort, then one matmul per expert that is hit    | hard routes, training and large batches           |
-| gather    | one copy of an expert per choice               | a few rows, export to other runtimes              |
+| gather    | one copy of an expert per choice                | a few rows, export to other runtimes              |
+
+"grouped" reads group sizes on the host: it has no second derivative, and neither `torch.func` transforms nor
+`torch.jit.trace` can take it; ask for "gather" there.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fff.ops.activation import Activation, resolve_activation
+from fff.ops.context import autocast_dtype, exporting, without_autocast
 from fff.ops.expert_mlp.dense import dense
 from fff.ops.expert_mlp.gather import gather
 from fff.ops.expert_mlp.grouped import grouped
@@ -83,7 +87,7 @@ def choose_backend(backend: str, x: Tensor, index: Tensor | None, w_out: Tensor)
     return resolve_backend(
         backend,
         problem,
-        exporting=torch.compiler.is_exporting(),
+        exporting=exporting(),
         compiling=torch.compiler.is_compiling(),
     )
 
@@ -104,7 +108,7 @@ def expert_mlp(
 ) -> Float[Tensor, "T O"]:
     """Gated sum of the chosen experts of each row.
 
-    index: chosen experts, -1 for a choice that is left out; None asks for every expert in order (K = E).
+    index: chosen experts, below E, -1 for a choice that is left out; None asks for every expert in order (K = E).
     gate: weight of each choice; None means 1.
     glu: gated experts. w_in then has H = 2 L rows, the first L pass through the activation and multiply the last L
         (Shazeer 2020, arXiv 2002.05202, equation 5); otherwise H = L.
@@ -116,12 +120,14 @@ def expert_mlp(
     hidden_rows = w_out.shape[1] * (2 if glu else 1)
     if w_in.shape[1] != hidden_rows:
         raise ValueError(f"w_in has {w_in.shape[1]} rows per expert, but w_out and glu={glu} need {hidden_rows}")
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            x, gate, w_in, b_in, w_out, b_out = (
-                None if t is None else t.to(dtype) for t in (x, gate, w_in, b_in, w_out, b_out)
-            )
-            return BACKENDS[name](x, index, gate, w_in, b_in, w_out, b_out, act, glu, dropout)
-    return BACKENDS[name](x, index, gate, w_in, b_in, w_out, b_out, act, glu, dropout)
+    if x.dim() != 2 or x.shape[1] != w_in.shape[2]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but w_in {tuple(w_in.shape)} needs (T, {w_in.shape[2]})")
+    if gate is not None and gate.shape != (x.shape[0], w_in.shape[0] if index is None else index.shape[1]):
+        raise ValueError(f"gate has shape {tuple(gate.shape)}, which does not weigh the choices of {x.shape[0]} rows")
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, gate, w_in, b_in, w_out, b_out = (
+            None if t is None else t.to(dtype) for t in (x, gate, w_in, b_in, w_out, b_out)
+        )
+    with without_autocast(x):
+        return BACKENDS[name](x, index, gate, w_in, b_in, w_out, b_out, act, glu, dropout)

@@ -2,8 +2,8 @@
 
 T rows, D input width, P parallel trees, d depth, N = 2^d - 1 nodes of one tree, n node width, K chosen leaves per tree.
 
-Node i has the children 2i + 1 (left) and 2i + 2 (right); leaf j of depth d is the heap entry 2^d - 1 + j. A node sends a
-row right where its logit is >= 0 and left otherwise, so a nan goes left. The greedy leaf follows these signs from the
+Node i has the children 2i + 1 (left) and 2i + 2 (right); leaf j of depth d is the heap entry 2^d - 1 + j. A node sends
+a row right where its logit is >= 0 and left otherwise, so a nan goes left. The greedy leaf follows these signs from the
 root. It is the one decision of the package: training, inference, usage counts, plots and kernels use it. The most
 probable leaf is a different thing and is found by a beam that is wide enough.
 """
@@ -115,14 +115,14 @@ def greedy_leaf(
     top: Float[Tensor, "T P M"],
     *,
     decision_bias: Float[Tensor, "P N"] | None = None,
-    region_leak: float = 0.0,
+    flip: Bool[Tensor, "T P d"] | None = None,
 ) -> Int[Tensor, "T P 1"]:
-    """Greedy descent to one leaf of each tree: the sign of each logit on the way decides; cost d dot products below the levels in `top`.
+    """Greedy descent to one leaf of each tree: the sign of each logit on the way decides; one dot product per level
+    below those in `top`.
 
     top: `dense_logits` of the first levels; deeper nodes are gathered row by row.
     decision_bias: added to the logits for the decision alone, not for any gate (loss-free balancing).
-    region_leak: probability with which a row takes the other child at a node (FFF paper, section 3: randomised child
-        transposition); pass 0 outside training.
+    flip: at which levels a row takes the other child (FFF paper, section 3: randomised child transposition).
     """
     num_rows, num_trees, known = top.shape
     node = torch.zeros(num_rows, num_trees, dtype=torch.int64, device=x.device)
@@ -134,8 +134,8 @@ def greedy_leaf(
         if decision_bias is not None:
             logit = logit + decision_bias.flatten()[_flat(node, decision_bias.shape[1])]
         right = logit >= 0
-        if region_leak > 0:
-            right = right ^ (torch.rand(right.shape, device=x.device) < region_leak)
+        if flip is not None:
+            right = right ^ flip[..., level]
         node = 2 * node + 1 + right.to(torch.int64)
     return (node - (2**depth - 1)).unsqueeze(-1)
 
@@ -150,11 +150,14 @@ def beam_leaves(
     top_k: int,
     beam_width: int,
     decision_bias: Float[Tensor, "P N"] | None = None,
+    temperature: float = 1.0,
 ) -> Int[Tensor, "T P K"]:
     """The K = `top_k` most probable leaves that a beam of `beam_width` paths per tree finds, most probable first.
 
     Exact where beam_width >= 2^(d-1). A beam of width 1 takes the greedy way, as `greedy_leaf` does. A nan logit counts
     as certainly left.
+
+    temperature: divides the logits (bias included); with several paths to compare it matters.
     """
     if not 1 <= top_k <= 2**depth:
         raise ValueError(f"top_k={top_k} must lie between 1 and the number of leaves, {2**depth}")
@@ -169,7 +172,7 @@ def beam_leaves(
         logit = top.gather(2, node) if 2**level <= known else gathered_logits(x, nodes, node)
         if decision_bias is not None:
             logit = logit + decision_bias.flatten()[_flat(node, decision_bias.shape[1])]
-        logit = logit.to(score.dtype)
+        logit = logit.to(score.dtype) / temperature
         logit = torch.where(logit.isnan(), -torch.inf, logit)
         child_score = torch.cat([score + F.logsigmoid(logit), score + F.logsigmoid(-logit)], dim=2)
         child = torch.cat([2 * node + 2, 2 * node + 1], dim=2)
@@ -179,21 +182,17 @@ def beam_leaves(
     return node[..., :top_k] - (2**depth - 1)
 
 
-def path_log_probability(
-    logit: Float[Tensor, "T P K d"], right: Bool[Tensor, "T P K d"], temperature: float = 1.0
-) -> Float[Tensor, "T P K"]:
+def path_log_probability(logit: Float[Tensor, "T P K d"], right: Bool[Tensor, "T P K d"]) -> Float[Tensor, "T P K"]:
     """log of the product of sigmoids along given paths."""
-    return F.logsigmoid(torch.where(right, logit, -logit) / temperature).sum(-1)
+    return F.logsigmoid(torch.where(right, logit, -logit)).sum(-1)
 
 
-def leaf_probability(
-    logits: Float[Tensor, "T P N"], *, temperature: float = 1.0, region_leak: float = 0.0
-) -> Float[Tensor, "T P E"]:
+def leaf_probability(logits: Float[Tensor, "T P N"], *, region_leak: float = 0.0) -> Float[Tensor, "T P E"]:
     """Product of the sigmoids on the way to each leaf, E = N + 1 (FFF paper, algorithm FORWARD_T); sums to 1 over E.
 
     region_leak: probability with which a node's pair (c, 1 - c) is swapped for a row; pass 0 outside training.
     """
-    right = torch.sigmoid(logits / temperature)
+    right = torch.sigmoid(logits)
     if region_leak > 0:
         right = torch.where(torch.rand(right.shape, device=right.device) < region_leak, 1 - right, right)
     probability = right.new_ones(*right.shape[:2], 1)
@@ -206,13 +205,12 @@ def leaf_probability(
     return probability
 
 
-def additive_leaf_probability(logits: Float[Tensor, "T P N"], *, temperature: float = 1.0) -> Float[Tensor, "T P E"]:
+def additive_leaf_probability(logits: Float[Tensor, "T P N"]) -> Float[Tensor, "T P E"]:
     """Softmax over leaves of the signed node logits added along each path (Chaunin & Mikhaylovskiy, "Matrix mixture of
     experts", with the identity in the place of the log-sigmoid): gradients do not shrink with depth.
 
     As logits grow this tends to the leaf with the largest sum, which need not be the greedy leaf.
     """
-    logits = logits / temperature
     score = logits.new_zeros(*logits.shape[:2], 1)
     start = 0
     while start < logits.shape[2]:

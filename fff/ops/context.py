@@ -1,0 +1,29 @@
+"""What surrounds a call: autocast and export."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def exporting() -> bool:
+    """Whether `torch.export` is tracing.
+
+    Not `torch.compiler.is_exporting`: dynamo took it for true under plain `torch.compile` up to torch 2.12.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast computes in on x's device; None where it is off."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast switched off on x's device: decisions are taken in the precision of their parameters."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
