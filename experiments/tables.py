@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from fff.report.records import update
-from fff.report.study import load, publish, studies, update_readme
+try:
+    from fff.report.records import update
+    from fff.report.study import load, publish, studies, update_readme
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}; tables need the extra: pip install 'fff[train]'") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,11 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for study in options.study or known:
         try:
-            problems = update(study, options.runs_dir, options.results_dir)
-            print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
-            if study not in studies(options.runs_dir, options.results_dir):
+            files, problems = update(study, options.runs_dir, options.results_dir)
+            _tell(problems)
+            if study not in known:
                 raise ValueError(f"no records of study {study!r}; there are: {', '.join(known)}")
-            print(publish(load(study, options.results_dir)))
+            published = publish(load(study, options.results_dir, files), files)
+            _tell(published.remarks)
+            print(published.markdown)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
@@ -42,6 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         failed = True
     return int(failed)
+
+
+def _tell(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

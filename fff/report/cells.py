@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 
@@ -29,9 +30,12 @@ _SIZES = (
 )
 
 
-def read_runs(path: Path) -> pd.DataFrame:
-    """The tidy CSV of a study, in its order: configuration as text ("" for what a run has not), metrics as numbers."""
-    runs = pd.read_csv(path, dtype=str, keep_default_na=False)
+def read_runs(file: Path | TextIO) -> pd.DataFrame:
+    """The tidy CSV of a study, in its order: configuration as text ("" for what a run has not), metrics as numbers.
+
+    capped: the limit of epochs ended the run, rather than a standstill or a loss that is not finite.
+    """
+    runs = pd.read_csv(file, dtype=str, keep_default_na=False)
     for name in runs.columns:
         if name in ("seed", "wall_time_s") or (name.startswith("metrics.") and name != "metrics.leaf_load"):
             if name != "metrics.diverged":
@@ -41,6 +45,8 @@ def read_runs(path: Path) -> pd.DataFrame:
             runs[f"metrics.{name}"] = float("nan")
     diverged = runs["metrics.diverged"] if "metrics.diverged" in runs else pd.Series("", index=runs.index)
     runs["metrics.diverged"] = diverged.str.lower() == "true"
+    limit = runs["trainer.max_epochs"] if "trainer.max_epochs" in runs else pd.Series("", index=runs.index)
+    runs["capped"] = (runs["metrics.epochs"] >= pd.to_numeric(limit, errors="coerce")) & ~runs["metrics.diverged"]
     loads = runs["metrics.leaf_load"] if "metrics.leaf_load" in runs else pd.Series("", index=runs.index)
     runs["metrics.leaf_load"] = [json.loads(load) if load else [] for load in loads]
     return runs
@@ -50,13 +56,13 @@ def summarize(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     """One row per cell, in order of first appearance, with its configuration and the columns `keep`, which no run of a
     cell has otherwise than the rest.
 
-    n counts every run, diverged ones too, and each enters with its metrics as they are; the standard deviation is that
+    n counts every run, diverged ones too, and each enters with the metrics it has; the standard deviation is that
     of a sample (divisor n - 1), nan for one run. best_*_run is the run that gave the best value.
     """
     rows = []
     for _, group in runs.groupby("cell", sort=False):
         row = group.iloc[0][["cell", *keep, *config_columns(runs.columns)]].to_dict()
-        row |= {"n": len(group), "diverged": int(group["metrics.diverged"].sum())}
+        row |= {"n": len(group), "diverged": int(group["metrics.diverged"].sum()), "capped": int(group["capped"].sum())}
         for name in _ACCURACIES:
             values = group[f"metrics.{name}"].dropna()
             row |= {f"{name}_mean": values.mean(), f"{name}_std": values.std(), f"{name}_best": values.max()}

@@ -176,8 +176,9 @@ def accuracy(cells: pd.DataFrame, palette: dict[str, str], size: str = "inferenc
 def entropy(history: pd.DataFrame, cells: pd.DataFrame) -> Figure | None:
     """Mean node entropy per epoch, one panel for each family and one line for each cell, coloured by depth.
 
-    history: columns cell, epoch, runs, node_entropy.  cells: columns cell, family, depth. A line ends where fewer
-    than half of the cell's runs are still training. None if there is no tree.
+    history: columns cell, epoch, runs, node_entropy (over which nodes and rows: results/README.md).  cells: columns
+    cell, family, depth. A line ends where fewer than half of the cell's runs are still training. None if there is no
+    tree.
     """
     lines = history.dropna(subset=["node_entropy"]).merge(cells[["cell", "family", "depth"]], on="cell")
     lines = lines[lines["runs"] * 2 >= lines.groupby("cell")["runs"].transform("max")]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fff.report import figures
 from fff.report.cells import label, summarize
-from fff.report.study import Report, StudyData, generic_figures
+from fff.report.study import Report, StudyData, generic_figures, refusal
 from fff.report.tables import MISSING, Table, integer, number, of, percent, spread
 
 RECIPES = {"paper": "paper's recipe", "ours": "our recipe"}
@@ -21,6 +21,11 @@ _RECIPE_NOTE = (
 )
 _KEY = ["recipe", "model", "leaf_width", "width"]
 _MODELS = {"FeedForward": "ff", "FFF": "fff"}
+# Of each table of the paper: its columns and ours.
+_REFERENCES = {
+    "table1_explorative": {"memorization_accuracy": "paper_ma", "generalization_accuracy": "paper_ga"},
+    "table4_means": {f"{m.upper()}_{kind}": f"paper_{m}_{kind}" for m in ("ma", "ga") for kind in ("mean", "std")},
+}
 
 
 class Row(NamedTuple):
@@ -64,10 +69,12 @@ def table1(data: StudyData, dataset: str) -> Report:
     mixed = summary[summary.duplicated(_KEY, keep=False)]
     if len(mixed):
         first = mixed.iloc[0]
-        both = mixed[(mixed[_KEY] == first[_KEY]).all(axis=1)]
-        raise ValueError(
-            f"{data.name} holds {len(both)} configurations for one cell, {dict(first[_KEY])}; in its CSV they are"
-            f" cell {' and '.join(both['cell'])}: give one a study of its own, or delete its rows"
+        both = mixed["cell"][(mixed[_KEY] == first[_KEY]).all(axis=1)]
+        place = ", ".join(f"{key}={first[key]}" for key in _KEY)
+        raise refusal(
+            data.name,
+            f"{len(both)} configurations for one place of the table ({place})",
+            {f"cell {cell}": runs["run_id"][runs["cell"] == cell] for cell in both},
         )
     summary = _beside_paper(summary, dataset, data.results_dir)
     ours: Cells = {tuple(row[key] for key in _KEY): row for row in summary.to_dict("records")}
@@ -89,7 +96,8 @@ def table1(data: StudyData, dataset: str) -> Report:
                 lambda c: f"{number(c['paper_ma'])} / {number(c['paper_ga'])}",
             ),
             f"{_RECIPE_NOTE} MA and GA are each the best over the runs of a cell; paper: Table 1, best of 10. Number of"
-            " runs and how many diverged: last table; a run that diverged counts, with its best weights before that.",
+            " runs and how many diverged: last table; a run that diverged counts, with its best weights before that, if"
+            " there are any.",
             3,
         ),
         Table(
@@ -124,7 +132,8 @@ def table1(data: StudyData, dataset: str) -> Report:
                 },
             ),
             f"{_RECIPE_NOTE} Means over the runs, on test rows. Leaves in use: leaves that at least one test row"
-            " reaches. Soft GA: the mixture of all leaves, with the weights of the hard GA.",
+            " reaches. Soft GA: the mixture of all leaves, with the weights of the hard GA. Node entropy: mean over all"
+            " nodes and rows, whether a row comes by a node or not.",
             4,
         ),
         Table(
@@ -135,18 +144,25 @@ def table1(data: StudyData, dataset: str) -> Report:
                 rows,
                 widths,
                 {
-                    "runs (diverged)": lambda c: f"{c['n']} ({c['diverged']})",
+                    "runs (diverged, capped)": lambda c: f"{c['n']} ({c['diverged']}, {c['capped']})",
                     "ETT of MA / GA": lambda c: f"{integer(c['ma_epochs'])} / {integer(c['ga_epochs'])}",
                 },
             ),
-            "ETT: mean epoch in which the value was first reached.",
+            "ETT: mean epoch in which the value was first reached. Capped: runs that the limit of epochs ended, not a"
+            " standstill of both accuracies; more epochs might have given more.",
             4,
         ),
     ]
     cells = label(summary)
     cells["family"] = cells["layer"] + ", " + cells["recipe"].map(RECIPES)
     drawn = generic_figures(data._replace(runs=runs), cells)
-    return Report(summary, tables, {"paper": _beside(ours, paper, rows, widths), **drawn})
+    remarks = [
+        f"{data.name}: no reference/{name}.csv in {data.results_dir}/ (the checkout has it in results/), so the paper's"
+        " cells stay empty"
+        for name in _REFERENCES
+        if reference(name, data.results_dir).empty
+    ]
+    return Report(summary, tables, {"paper": _beside(ours, paper, rows, widths), **drawn}, remarks)
 
 
 def _text(runs: pd.DataFrame, name: str) -> pd.Series:
@@ -165,13 +181,7 @@ def _recipe(runs: pd.DataFrame) -> pd.Series:
 def _paper_cells(dataset: str, results_dir: Path) -> Cells:
     """(model, leaf width, width) -> paper_ma, paper_ga of Table 1 and paper_{ma,ga}_{mean,std} of Table 4."""
     cells: Cells = {}
-    for table, names in (
-        ("table1_explorative", {"memorization_accuracy": "paper_ma", "generalization_accuracy": "paper_ga"}),
-        (
-            "table4_means",
-            {f"{m.upper()}_{kind}": f"paper_{m}_{kind}" for m in ("ma", "ga") for kind in ("mean", "std")},
-        ),
-    ):
+    for table, names in _REFERENCES.items():
         frame = reference(table, results_dir)
         for row in frame[frame["dataset"] == dataset].to_dict("records") if len(frame) else []:
             leaf = row["leaf_width"]

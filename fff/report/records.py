@@ -26,7 +26,7 @@ _METRICS = (
     *("leaves_used", "num_leaves", "largest_leaf_share", "leaf_load", "node_entropy", "nodes_below_0.10"),
     *("parameters", "training_width", "inference_width", "training_size", "inference_size", "flops_per_row", "epochs"),
 )
-_RUN = ("wall_time_s", "resumed", "backend", "git_commit")
+_RUN = ("wall_time_s", "resumed", "backend", "data_digest", "git_commit")
 # Where a run was executed is not part of what was run.
 _PLACES = ("root", "cache_dir")
 
@@ -239,16 +239,22 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-def update(study: str, runs_dir: Path, results_dir: Path) -> list[str]:
-    """Bring `<results_dir>/runs/<study>.csv` and its `.history.csv` up to date with the run directories.
+class Update(NamedTuple):
+    """files: what the CSV files of a study are to hold, by path; empty if no run directory has a record.
+    problems: what is not counted, one line each."""
 
-    Returns what was not counted, one line each.
-    """
+    files: dict[Path, str]
+    problems: list[str]
+
+
+def update(study: str, runs_dir: Path, results_dir: Path) -> Update:
+    """`<results_dir>/runs/<study>.csv` and its `.history.csv`, with the records of the run directories; not written."""
     found = collect(runs_dir / study)
-    if found.rows:
-        path = results_dir / "runs" / f"{study}.csv"
-        rows = merge(read_csv(path), found.rows)
-        write(path, csv_text(rows, columns(rows)))
-        path = path.with_suffix(".history.csv")
-        write(path, csv_text(merge_history(read_csv(path), found.histories), ("cell", "epoch", "runs", *HISTORY)))
-    return found.problems
+    if not found.rows:
+        return Update({}, found.problems)
+    path = results_dir / "runs" / f"{study}.csv"
+    history = path.with_suffix(".history.csv")
+    rows = merge(read_csv(path), found.rows)
+    means = merge_history(read_csv(history), found.histories)
+    files = {path: csv_text(rows, columns(rows)), history: csv_text(means, ("cell", "epoch", "runs", *HISTORY))}
+    return Update(files, found.problems)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from matplotlib.figure import Figure
 
 from fff.report import figures, tables
 from fff.report.cells import label, read_runs, summarize
-from fff.report.records import HISTORY, write
+from fff.report.records import HISTORY, config_columns, write
 from fff.report.tables import Table
 
 _BEGIN, _END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -32,11 +34,20 @@ class StudyData(NamedTuple):
 
 class Report(NamedTuple):
     """cells: unrounded numbers behind the tables, one row per cell.  tables: the first is the headline.
-    figures: by the part of the file name that follows the study's."""
+    figures: by the part of the file name that follows the study's.  remarks: what the reader of the tables has to know
+    about this making of them, one line each."""
 
     cells: pd.DataFrame
     tables: list[Table]
     figures: dict[str, Figure]
+    remarks: Sequence[str] = ()
+
+
+class Published(NamedTuple):
+    """markdown: the tables as written.  remarks: those of the report."""
+
+    markdown: str
+    remarks: Sequence[str]
 
 
 def studies(runs_dir: Path, results_dir: Path) -> list[str]:
@@ -46,20 +57,55 @@ def studies(runs_dir: Path, results_dir: Path) -> list[str]:
     return sorted(names | {path.stem.removesuffix(".history") for path in records})
 
 
-def load(name: str, results_dir: Path) -> StudyData:
-    folder = results_dir / "runs"
-    runs, history = folder / f"{name}.csv", folder / f"{name}.history.csv"
+def load(name: str, results_dir: Path, files: Mapping[Path, str] | None = None) -> StudyData:
+    """files: by path, what is to be read instead of what lies there (`records.update`)."""
+    files = files or {}
+
+    def source(path: Path) -> Path | io.StringIO | None:
+        return io.StringIO(files[path]) if path in files else path if path.exists() else None
+
+    runs = source(results_dir / "runs" / f"{name}.csv")
+    history = source(results_dir / "runs" / f"{name}.history.csv")
     return StudyData(
         name,
-        read_runs(runs) if runs.exists() else pd.DataFrame(),
-        pd.read_csv(history, dtype={"cell": str})
-        if history.exists()
-        else pd.DataFrame(columns=["cell", "epoch", "runs", *HISTORY]),
+        pd.DataFrame() if runs is None else read_runs(runs),
+        pd.DataFrame(columns=["cell", "epoch", "runs", *HISTORY])
+        if history is None
+        else pd.read_csv(history, dtype={"cell": str}),
         results_dir,
     )
 
 
+def refusal(study: str, what: str, groups: Mapping[str, Iterable[str]]) -> ValueError:
+    """The error of a study that holds runs which must not be mixed. groups: their ids, by what tells them apart."""
+    listed = [f"  {name}: {', '.join(run_ids)}" for name, run_ids in groups.items()]
+    remedy = (
+        f"nothing is written. Keep one of them; of the others delete both the run directories {study}/<run id> and the"
+        f" rows in runs/{study}.csv, or give them a study of their own"
+    )
+    return ValueError("\n".join([f"{study} holds {what}; {remedy}:", *listed]))
+
+
+def check_digests(data: StudyData) -> None:
+    """ValueError if runs with the same configuration of the data were not computed on the same rows.
+
+    The records of older runs have no digest and agree with any.
+    """
+    runs = data.runs
+    if "data_digest" not in runs:
+        return
+    runs = runs[runs["data_digest"] != ""]
+    names = [name for name in config_columns(runs.columns) if name.startswith("data.")]
+    for _, group in runs.groupby(["study", *names]):
+        if group["data_digest"].nunique() > 1:
+            by_digest = group.groupby("data_digest", sort=False)["run_id"]
+            versions = {f"data_digest {digest}": run_ids for digest, run_ids in by_digest}
+            raise refusal(data.name, f"runs on {len(versions)} versions of one data set", versions)
+
+
 def report(data: StudyData) -> Report:
+    """By the layout of the study; ValueError for one whose runs must not be mixed."""
+    check_digests(data)
     module = f"fff.report.studies.{data.name}"
     # A study may have any name; only one that can be a module has a layout.
     if data.name.isidentifier() and importlib.util.find_spec(module) is not None:
@@ -87,20 +133,23 @@ def generic_figures(data: StudyData, cells: pd.DataFrame) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def publish(data: StudyData) -> str:
-    """Write `tables/<study>.{md,tex,csv}` and `figures/<study>_*.{svg,png}`; returns the Markdown."""
+def publish(data: StudyData, files: Mapping[Path, str] | None = None) -> Published:
+    """Write `tables/<study>.{md,tex,csv}`, `figures/<study>_*.{svg,png}` and `files`, once all of them are made."""
+    written: dict[Path, str | bytes] = {**(files or {})}
     with figures.style():
         result = report(data)
         for name, figure in result.figures.items():
             for kind, content in figures.save(figure).items():
-                write(data.results_dir / "figures" / f"{data.name}_{name}.{kind}", content)
+                written[data.results_dir / "figures" / f"{data.name}_{name}.{kind}"] = content
     origin = f"Made by `python -m experiments.tables {data.name}`; do not edit."
     text = "\n".join([f"# {data.name}", "", origin, "", *map(tables.markdown, result.tables)])
     folder = data.results_dir / "tables"
-    write(folder / f"{data.name}.md", text)
-    write(folder / f"{data.name}.tex", f"% {origin}\n" + "\n".join(map(tables.latex, result.tables)))
-    write(folder / f"{data.name}.csv", result.cells.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    return text
+    written[folder / f"{data.name}.md"] = text
+    written[folder / f"{data.name}.tex"] = f"% {origin}\n" + "\n".join(map(tables.latex, result.tables))
+    written[folder / f"{data.name}.csv"] = result.cells.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    for path, content in written.items():
+        write(path, content)
+    return Published(text, result.remarks)
 
 
 def update_readme(results_dir: Path) -> None:

@@ -13,7 +13,8 @@ CELL_NOTE = (
     "Accuracies are those of the hard route, in percent: MA on the training rows (best over the epochs), GA on the test"
     " rows with the weights of the best validation accuracy. Best is the best of n runs; ± is the standard deviation"
     " of a sample. ETT is the mean epoch that reached the value. Runs that diverged count in n and enter with the"
-    " metrics of their best weights before that. Leaves in use: leaves that at least one test row reaches, mean over"
+    " metrics of their best weights before that, if there are any. Capped: ended by the limit of epochs,"
+    " not by a standstill of both accuracies. Leaves in use: leaves that at least one test row reaches, mean over"
     " the runs; largest: share of the test rows in the fullest leaf."
 )
 
@@ -71,6 +72,7 @@ def generic(cells: pd.DataFrame, name: str) -> Table:
             "largest %": cells["largest_leaf_share"].mask(single).map(percent),
             "n": cells["n"].map(str),
             "diverged": cells["diverged"].map(str),
+            "capped": cells["capped"].map(str),
             "parameters": cells["parameters"].map(integer),
             "width trained": cells["training_width"].map(integer),
             "width used": cells["inference_width"].map(integer),

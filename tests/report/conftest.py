@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fff.report import records
+
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.2}
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.001}
 
@@ -21,11 +23,24 @@ def results_dir(tmp_path) -> Path:
 
 
 @pytest.fixture
+def update(runs_dir, results_dir):
+    """Bring the CSV files of a study up to date; returns the problems."""
+
+    def write_files(study):
+        files, problems = records.update(study, runs_dir, results_dir)
+        for path, text in files.items():
+            records.write(path, text)
+        return problems
+
+    return write_files
+
+
+@pytest.fixture
 def write_run(runs_dir):
     """Write the record of one run: a dense layer of `width`, or with `depth` a tree with leaves of `width`."""
 
     def write(
-        study="study", *, width=8, depth=None, mode="soft", optimizer=SGD, seed=0, history=None, **metrics
+        study="study", *, width=8, depth=None, mode="soft", optimizer=SGD, seed=0, history=None, digest=None, **metrics
     ) -> Path:
         tree = depth is not None
         leaves = 2**depth if tree else 1
@@ -39,9 +54,10 @@ def write_run(runs_dir):
             "layer": layer,
             "task": {"optimizer": optimizer, "schedules": {}},
             "data": {"name": "usps", "seed": seed, "split_seed": 0, "root": "/a/place"},
+            "trainer": {"max_epochs": 100},
         }
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        run_id = f"{'fff' if tree else 'feedforward'}-usps-s{seed}-{digest[:10]}"
+        config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        run_id = f"{'fff' if tree else 'feedforward'}-usps-s{seed}-{config_hash[:10]}"
         metrics = {
             "ma": 0.9,
             "ma_epochs": 20,
@@ -60,13 +76,14 @@ def write_run(runs_dir):
             "training_size": width * leaves + leaves - 1,
             "inference_size": width + (depth or 0),
             "flops_per_row": 1000,
+            "epochs": 30,
         } | metrics
         record = {
             "schema": 1,
             "study": study,
             "run_id": run_id,
             "config": config,
-            "config_hash": digest,
+            "config_hash": config_hash,
             "seed": seed,
             "status": "finished",
             "metrics": metrics,
@@ -78,6 +95,9 @@ def write_run(runs_dir):
             "git_commit": "abc",
             "backend": "dense",
         }
+        # The records of older runs have none.
+        if digest:
+            record["data_digest"] = digest
         path = runs_dir / study / run_id / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record))

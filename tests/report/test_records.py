@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fff.report.records import HISTORY_BYTES, collect, columns, csv_text, merge, merge_history, read_csv, update
+from fff.report.records import HISTORY_BYTES, collect, columns, csv_text, merge, merge_history, read_csv
 
 
 def read(path):
@@ -14,7 +14,7 @@ def read(path):
 
 
 def test_row_holds_configuration_metrics_and_origin(write_run, runs_dir):
-    write_run(depth=2, seed=3, ga=1 / 3, leaf_load=[4, 0, 1, 0])
+    write_run(depth=2, seed=3, ga=1 / 3, leaf_load=[4, 0, 1, 0], digest="0123456789abcdef")
     (row,) = collect(runs_dir / "study").rows
     assert row["layer.mode"] == "soft"
     assert row["layer.depth"] == "2"
@@ -23,6 +23,7 @@ def test_row_holds_configuration_metrics_and_origin(write_run, runs_dir):
     assert row["metrics.diverged"] == "false"
     assert json.loads(row["metrics.leaf_load"]) == [4, 0, 1, 0]
     assert (row["seed"], row["git_commit"], row["versions.torch"]) == ("3", "abc", "2")
+    assert row["data_digest"] == "0123456789abcdef"
     assert "/a/place" not in row.values()
 
 
@@ -65,13 +66,13 @@ def test_failed_and_unfinished_runs_are_told_apart(write_run, runs_dir):
     assert sum(": not finished, not counted" in line for line in problems) == 1
 
 
-def test_new_row_replaces_the_old_one_and_others_stay(write_run, runs_dir, results_dir):
+def test_new_row_replaces_the_old_one_and_others_stay(write_run, update, results_dir):
     write_run(seed=0, ga=0.5)
     gone = write_run(seed=1, ga=0.6)
-    update("study", runs_dir, results_dir)
+    update("study")
     gone.unlink()
     write_run(seed=0, ga=0.7)
-    update("study", runs_dir, results_dir)
+    update("study")
     rows = read(results_dir / "runs" / "study.csv")
     assert {row["seed"]: row["metrics.ga"] for row in rows} == {"0": "0.7", "1": "0.6"}
 
@@ -87,18 +88,18 @@ def test_csv_does_not_depend_on_the_order_of_runs(write_run, runs_dir):
     assert [row["seed"] for row in once] == ["2", "9", "10"] * 2
 
 
-def test_csv_survives_reading_and_writing(write_run, runs_dir, results_dir):
+def test_csv_survives_reading_and_writing(write_run, update, results_dir):
     write_run(depth=2, ga=float("nan"), leaf_load=[1, 2, 3, 4])
-    update("study", runs_dir, results_dir)
+    update("study")
     path = results_dir / "runs" / "study.csv"
     rows = read_csv(path)
     assert rows[0]["metrics.ga"] == ""
     assert csv_text(merge(rows, []), columns(rows)) == path.read_text()
 
 
-def test_csv_cut_short_is_an_error(write_run, runs_dir, results_dir):
+def test_csv_cut_short_is_an_error(write_run, update, results_dir):
     write_run()
-    update("study", runs_dir, results_dir)
+    update("study")
     path = results_dir / "runs" / "study.csv"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match="study.csv"):

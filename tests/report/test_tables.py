@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +11,16 @@ import pytest
 
 from experiments.tables import main
 from fff.report.cells import label, read_runs, summarize
-from fff.report.records import update
-from fff.report.study import load, publish, report, studies
+from fff.report.study import load, publish, studies
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.001}
 
 
 @pytest.fixture
-def summary(runs_dir, results_dir):
+def summary(update, results_dir):
     def make():
-        update("study", runs_dir, results_dir)
+        update("study")
         return label(summarize(read_runs(results_dir / "runs" / "study.csv")))
 
     return make
@@ -59,7 +59,7 @@ def test_diverged_runs_count(write_run, summary):
 def test_one_run_has_no_deviation(write_run, summary, results_dir):
     write_run(depth=1)
     assert math.isnan(summary()["ga_std"][0])
-    assert "80.0 ± –" in publish(load("study", results_dir))
+    assert "80.0 ± –" in publish(load("study", results_dir)).markdown
 
 
 def test_settings_tell_cells_apart_and_say_no_more(write_run, summary):
@@ -89,7 +89,7 @@ def test_generic_table(write_run, summary, results_dir):
     write_run(width=128, seed=0)
     write_run(depth=4, seed=0, leaves_used=3, largest_leaf_share=0.5)
     summary()
-    text = publish(load("study", results_dir))
+    text = publish(load("study", results_dir)).markdown
     header = cells_of(text, "layer")
     tree = dict(zip(header, cells_of(text, "FFF"), strict=True))
     assert tree["leaves in use"] == "3.0 / 16"
@@ -101,17 +101,17 @@ def test_generic_table(write_run, summary, results_dir):
 
 
 @pytest.fixture
-def usps(write_run, runs_dir, results_dir):
+def usps(write_run, update, results_dir):
     for seed, ga in enumerate((0.90, 0.92)):
         write_run("table1_usps", depth=3, seed=seed, ga=ga, ma=0.99 + ga / 1000, leaves_used=2 - seed)
     write_run("table1_usps", depth=3, mode="straight_through", optimizer=ADAMW, ga=0.931)
     write_run("table1_usps", width=64)
-    update("table1_usps", runs_dir, results_dir)
+    update("table1_usps")
     return results_dir
 
 
 def test_table1_sets_ours_beside_the_paper(usps):
-    text = publish(load("table1_usps", usps))
+    text = publish(load("table1_usps", usps)).markdown
     best, means, routing, runs = text.split("\n## ")[1:]
     assert cells_of(best, "model", "leaf width", "source") == ["16", "32", "64", "128"]
     # Leaf width 8, training width 64 in Tables 1 and 4 of the paper: 99.2 / 92.3, 99.2 ± 0.4 / 92.3 ± 0.7.
@@ -124,21 +124,67 @@ def test_table1_sets_ours_beside_the_paper(usps):
     assert cells_of(means, "FFF", "8", "paper's recipe")[2] == "99.1 ± 0.0 / 91.0 ± 1.4"
     assert cells_of(routing, "leaves in use", "FFF", "8", "paper's recipe")[2] == "1.5 / 8"
     assert cells_of(routing, "GA hard / soft", "FFF", "8", "our recipe")[2] == "93.1 / 70.0"
-    assert cells_of(runs, "runs (diverged)", "FFF", "8", "paper's recipe")[2] == "2 (0)"
+    assert cells_of(runs, "runs (diverged, capped)", "FFF", "8", "paper's recipe")[2] == "2 (0, 0)"
 
 
-def test_table1_without_any_reference_shows_missing_cells(usps, monkeypatch):
+def test_table1_without_any_reference_says_so_and_shows_missing_cells(usps, monkeypatch, capsys, runs_dir):
     import pandas as pd
 
+    assert not publish(load("table1_usps", usps)).remarks
     monkeypatch.setattr("fff.report.paper.reference", lambda *_: pd.DataFrame())
-    assert cells_of(publish(load("table1_usps", usps)), "FFF", "8", "paper") == ["–"] * 4
+    assert main(["table1_usps", "--runs-dir", str(runs_dir), "--results-dir", str(usps)]) == 0
+    printed = capsys.readouterr()
+    assert cells_of(printed.out, "FFF", "8", "paper") == ["–"] * 4
+    assert "no reference/table1_explorative.csv" in printed.err and "no reference/table4_means.csv" in printed.err
 
 
-def test_table1_refuses_to_mix_two_configurations(write_run, usps, runs_dir):
-    write_run("table1_usps", depth=3, optimizer={"_target_": "torch.optim.SGD", "lr": 0.1})
-    update("table1_usps", runs_dir, usps)
-    with pytest.raises(ValueError, match="2 configurations"):
-        report(load("table1_usps", usps))
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_table1_refuses_to_mix_two_configurations(write_run, usps, runs_dir, capsys):
+    """It names what to delete, and leaves nothing behind that would have to be deleted as well."""
+    other = write_run("table1_usps", depth=3, optimizer={"_target_": "torch.optim.SGD", "lr": 0.1})
+    before = files_in(usps)
+    options = ["table1_usps", "--runs-dir", str(runs_dir), "--results-dir", str(usps)]
+    assert main(options) == 1
+    said = capsys.readouterr().err
+    assert "2 configurations" in said and "recipe=paper, model=fff, leaf_width=8, width=64" in said
+    for path in runs_dir.glob("table1_usps/*/result.json"):
+        mixed = path.parent.name.startswith("fff") and "SGD" in path.read_text()
+        assert (path.parent.name in said) == mixed
+    assert files_in(usps) == before
+    shutil.rmtree(other.parent)
+    assert main(options) == 0
+
+
+def test_runs_on_other_rows_are_named_and_refused(write_run, runs_dir, results_dir, capsys):
+    """Between the seeds of one cell and between cells alike; older records have no digest and agree with any."""
+    write_run(depth=1, seed=0, digest="a" * 16)
+    old = write_run(depth=1, seed=1)
+    dense = write_run(width=64, digest="a" * 16)
+    options = ["study", "--runs-dir", str(runs_dir), "--results-dir", str(results_dir)]
+    assert main(options) == 0
+    before = files_in(results_dir)
+    for other in ({"depth": 1, "seed": 2}, {"width": 128}):
+        capsys.readouterr()
+        path = write_run(**other, digest="b" * 16)
+        assert main(options) == 1
+        said = capsys.readouterr().err
+        assert f"data_digest {'b' * 16}: {path.parent.name}" in said and dense.parent.name in said
+        assert old.parent.name not in said
+        assert files_in(results_dir) == before
+        shutil.rmtree(path.parent)
+    write_run("other", depth=1, digest="b" * 16)
+    assert main(["other", *options]) == 0
+
+
+def test_runs_that_the_limit_of_epochs_ended_are_counted(write_run, summary):
+    write_run(depth=1, seed=0, epochs=99)
+    write_run(depth=1, seed=1, epochs=100)
+    write_run(depth=1, seed=2, epochs=100, diverged=True)
+    (cell,) = summary().to_dict("records")
+    assert (cell["n"], cell["diverged"], cell["capped"]) == (3, 1, 1)
 
 
 def test_latex_escapes_and_has_every_row(usps):
@@ -194,6 +240,13 @@ def test_command_reports_and_goes_on(write_run, runs_dir, results_dir, capsys):
 def test_command_without_records_says_so(tmp_path, capsys):
     assert main(["--runs-dir", str(tmp_path / "a"), "--results-dir", str(tmp_path / "b")]) == 1
     assert "no records" in capsys.readouterr().err
+
+
+def test_command_without_the_extra_names_it():
+    code = "import sys; sys.modules['pandas'] = None; import experiments.tables"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'fff[train]'" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_command_loads_no_torch():

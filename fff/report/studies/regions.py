@@ -37,6 +37,6 @@ def report(data: StudyData) -> Report:
     )
     note = (
         "One run each: an example to look at, not a measurement. Leaves, share and entropy are those of the test rows,"
-        " the entropy is the mean over the nodes that rows reach, in nats."
+        " the entropy is the mean over all nodes and rows, in nats."
     )
     return Report(pd.json_normalize(runs), [Table(data.name, "Two moons, depth 3", frame, note)], {"map": figure})
