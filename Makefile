@@ -12,10 +12,13 @@ PY ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do 
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check install --quiet
+# Not results/, whose tables are those of the committed studies; runs/ is ignored by git.
+demo_results := runs/results
 torch_lock := $(shell sed -n 's/^torch==//p' requirements.lock)
 
 help:
-	@echo "make demo    install, train five layers on the digits (CPU, minutes), print the table, draw the figures"
+	@echo "make demo    install, train five layers on the digits (CPU, minutes), print the table, draw the figures;"
+	@echo "             tables and figures go to $(demo_results)"
 	@echo "make test    install the development tools, run the tests"
 	@echo "make install only install, into $(VENV)"
 	@echo "make clean   remove $(VENV)"
@@ -57,7 +60,9 @@ install: $(VENV)/.train
 
 demo: $(VENV)/.train
 	$(python) -m experiments.train experiment=demo
-	$(python) -m experiments.tables demo
+	$(python) -m experiments.regions --results-dir $(demo_results)
+	$(python) -m experiments.tables demo regions --results-dir $(demo_results)
+	@echo "tables and figures: $(demo_results)"
 
 test: $(VENV)/.dev
 	$(python) -m pytest -q

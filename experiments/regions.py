@@ -1,7 +1,7 @@
 """Which part of the plane each leaf of a small tree takes, by two recipes: `python -m experiments.regions`.
 
-Trains two trees of depth 3 on two moons and writes their record, results/runs/regions.npz; `python -m
-experiments.tables regions` draws it.
+Trains two trees of depth 3 on two moons and writes their record, results/runs/regions.npz, unless it is there;
+`python -m experiments.tables regions` draws it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from .provenance import git_commit, hardware, versions
 
 GRID = 240
 BATCH = 256
+LEAF_WIDTH, DEPTH = 4, 3
 
 
 class Recipe(NamedTuple):
@@ -43,7 +45,7 @@ RECIPES = (
 
 def train(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, epochs: int) -> FFF:
     torch.manual_seed(seed)
-    layer = FFF(2, 4, 2, depth=3, **recipe.layer)
+    layer = FFF(2, LEAF_WIDTH, 2, depth=DEPTH, **recipe.layer)
     optimizer = getattr(torch.optim, recipe.optimizer)(layer.parameters(), lr=recipe.lr)
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(BATCH):
@@ -66,7 +68,23 @@ def route(layer: FFF, x: Tensor) -> tuple[Tensor, Tensor]:
     return layer.record.index[:, 0], label
 
 
-def measure(recipe: Recipe, layer: FFF, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]) -> dict:
+def configuration(recipe: Recipe, *, seed: int, epochs: int) -> dict[str, Any]:
+    layer = {"_target_": "fff.FFF", "leaf_width": LEAF_WIDTH, "depth": DEPTH, **recipe.layer}
+    optimizer = {"name": recipe.optimizer, "lr": recipe.lr}
+    return {"title": recipe.title, "layer": layer, "optimizer": optimizer, "seed": seed, "epochs": epochs}
+
+
+def holds(path: Path, wanted: list[dict[str, Any]]) -> bool:
+    """Whether there is a whole record of these configurations."""
+    try:
+        with np.load(path, allow_pickle=False) as record:
+            runs = json.loads(record["meta"].item())["runs"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return False
+    return [{key: run.get(key) for key in wanted[0]} for run in runs] == wanted
+
+
+def measure(layer: FFF, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]) -> dict[str, Any]:
     accuracy = {}
     for name, (x, y) in (("train", train_set), ("test", test_set)):
         leaf, label = route(layer, x)
@@ -74,15 +92,12 @@ def measure(recipe: Recipe, layer: FFF, train_set: tuple[Tensor, Tensor], test_s
     load = torch.bincount(leaf, minlength=layer.num_leaves)
     entropy = layer.record.node_entropy
     return {
-        "title": recipe.title,
-        "layer": {"_target_": "fff.FFF", "leaf_width": layer.leaf_width, "depth": layer.depth, **recipe.layer},
-        "optimizer": {"name": recipe.optimizer, "lr": recipe.lr},
         **accuracy,
         "num_leaves": layer.num_leaves,
         "leaves_used": int((load > 0).sum()),
         "largest_leaf_share": load.max().item() / len(leaf),
         "leaf_load": load.tolist(),
-        "node_entropy": entropy[~entropy.isnan()].mean().item(),
+        "node_entropy": entropy.mean().item(),
     }
 
 
@@ -91,7 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
+    parser.add_argument("--force", action="store_true", help="train again although the record is there")
     options = parser.parse_args(arguments)
+    path = options.results_dir / "runs" / "regions.npz"
+    wanted = [configuration(recipe, seed=options.seed, epochs=options.epochs) for recipe in RECIPES]
+    if not options.force and holds(path, wanted):
+        print(f"{path}  (finished before; --force trains again)")
+        return 0
     torch.set_num_threads(1)
 
     sets = []
@@ -104,9 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     grid = grid_points(*axes)
 
     runs, leaves, labels = [], [], []
-    for recipe in RECIPES:
+    for recipe, chosen in zip(RECIPES, wanted, strict=True):
         layer = train(recipe, x, y, seed=options.seed, epochs=options.epochs)
-        run = {"seed": options.seed, "epochs": options.epochs, **measure(recipe, layer, *sets)}
+        run = {**chosen, **measure(layer, *sets)}
         leaf, label = (values.view(GRID, GRID).numpy().astype(np.uint8) for values in route(layer, grid))
         runs.append(run)
         leaves.append(leaf)
@@ -125,7 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
         points=x.numpy(),
         classes=y.numpy().astype(np.uint8),
     )
-    write(options.results_dir / "runs" / "regions.npz", record.getvalue())
+    write(path, record.getvalue())
+    print(path)
     return 0
 
 

@@ -98,6 +98,15 @@ def test_lock_pins_every_dependency():
     assert not any("+" in version for version in pins.values()), "a local version is on no registry"
 
 
+def test_demo_draws_everything_into_a_folder_that_git_ignores():
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = re.findall(r"-m experiments\.(\w+)(.*)", shown)
+    assert [name for name, _ in commands] == ["train", "regions", "tables"]
+    for _, arguments in commands[1:]:
+        (folder,) = re.findall(r"--results-dir (\S+)", arguments)
+        assert subprocess.run(["git", "-C", str(ROOT), "check-ignore", "-q", f"{folder}/runs/demo.csv"]).returncode == 0
+
+
 def test_no_file_names_a_machine():
     machine = re.compile(r"(?<![\w.])/(home|root|work|tmp|opt|mnt|Users)/\w|\bfile://(?!\.)/|index-url|find-links")
     for path in tracked():

@@ -22,6 +22,30 @@ def test_record_is_drawn(tmp_path, capsys):
     assert (tmp_path / "figures" / "regions_map.png").stat().st_size > 10_000
 
 
+def test_record_that_is_there_is_made_again_only_when_asked_or_for_another_configuration(tmp_path, monkeypatch, capsys):
+    options = ["--epochs", "1", "--results-dir", str(tmp_path)]
+    trained = []
+    train = regions.train
+    monkeypatch.setattr(regions, "train", lambda *a, **k: trained.append(k["seed"]) or train(*a, **k))
+
+    def runs(*more):
+        trained.clear()
+        assert regions.main([*options, *more]) == 0
+        return len(trained)
+
+    path = tmp_path / "runs" / "regions.npz"
+    assert runs() == 2
+    before = path.read_bytes()
+    assert runs() == 0 and "finished before" in capsys.readouterr().out
+    assert path.read_bytes() == before
+    assert runs("--force") == 2
+    assert runs("--seed", "1") == 2
+    assert runs() == 2, "the record is that of another seed"
+    for damaged in (before[: len(before) // 2], b""):
+        path.write_bytes(damaged)
+        assert runs() == 2, "the record was cut short"
+
+
 def test_grid_is_read_as_rows_of_y():
     """A layer that only looks at x must give columns."""
     import torch
