@@ -1,9 +1,29 @@
-"""Data sets as LightningDataModules: tensors in memory, official splits, sliced batches."""
+"""Data sets as LightningDataModules: tensors in memory, official splits, sliced batches.
 
-from fff.data.batches import Batches
-from fff.data.clusters import ClusterData
-from fff.data.images import ImageData
-from fff.data.module import InMemoryData, Rows
-from fff.data.random_labels import RandomLabels
+Names load on first use: `fff.data.sources` then tells whether a set can be had before torch is imported.
+"""
 
-__all__ = ["Batches", "ClusterData", "ImageData", "InMemoryData", "RandomLabels", "Rows"]
+from importlib import import_module
+
+_HOME = {
+    "Batches": "fff.data.batches",
+    "ClusterData": "fff.data.clusters",
+    "ImageData": "fff.data.images",
+    "InMemoryData": "fff.data.module",
+    "RandomLabels": "fff.data.random_labels",
+    "Rows": "fff.data.module",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'fff.data' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

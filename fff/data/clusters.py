@@ -5,7 +5,7 @@ T rows, P = 4 patches of D = 50 numbers each, K = 4 clusters.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from fff.data.module import InMemoryData, Rows
 
 NUM_PATCHES, NUM_CLUSTERS, PATCH_WIDTH = 4, 4, 50
 NUM_TRAIN = NUM_TEST = 16_000
-FEATURES = ("patch_sum", "flat", "patches")
+SettingName = Literal[1, 2, 3, 4, "verify"]
+Features = Literal["patch_sum", "flat", "patches"]
 
 
 class Setting(NamedTuple):
@@ -28,7 +29,7 @@ class Setting(NamedTuple):
     seed: int
 
 
-SETTINGS: dict[int | str, Setting] = {
+SETTINGS: dict[SettingName, Setting] = {
     1: Setting((0.5, 2), (1, 2), (0.5, 3), 1, 12),
     2: Setting((0.5, 2), (1, 2), (0.5, 3), 2, 11),
     3: Setting((0.5, 2), (1, 2), (0.5, 2), 1, 11),
@@ -53,10 +54,10 @@ class ClusterData(InMemoryData):
 
     def __init__(
         self,
-        setting: int | str = 1,
+        setting: SettingName = 1,
         batch_size: int = 256,
         *,
-        features: str = "patch_sum",
+        features: Features = "patch_sum",
         data_seed: int | None = None,
         seed: int = 0,
         split_seed: int = 0,
@@ -68,8 +69,8 @@ class ClusterData(InMemoryData):
         )
         if setting not in SETTINGS:
             raise ValueError(f"setting must be one of {', '.join(map(str, SETTINGS))}, got {setting!r}")
-        if features not in FEATURES:
-            raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
+        if features not in get_args(Features):
+            raise ValueError(f"features must be one of {', '.join(get_args(Features))}, got {features!r}")
         self.setting, self.features, self.data_seed = setting, features, data_seed
         self._cluster = torch.empty(0, dtype=torch.int64)
 

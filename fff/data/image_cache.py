@@ -5,63 +5,37 @@ N rows, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import socket
 import tempfile
-import threading
-import urllib.request
 import uuid
 import warnings
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1  # of the cache files; a change of what is stored raises it
-
-
-class Source(NamedTuple):
-    """Where an image set lies and how its columns are called.
-
-    revision: commit of the Hub repository.  config: its name where the repository has several.
-    digest: start of the SHA-256 over the decoded rows, for a set whose revision is not a commit.
-    """
-
-    hub_id: str
-    revision: str
-    image: str = "image"
-    label: str = "label"
-    config: str | None = None
-    digest: str | None = None
-
-
-SOURCES = {
-    "usps": Source(
-        "flwrlabs/usps",
-        # Its last commit is known by its short hash alone (a391e37), which the Hub does not take: pinned by content.
-        "main",
-        digest="c342bdef1aac1d15",
-    ),
-    "mnist": Source("ylecun/mnist", "77f3279092a1c1579b2250db8eafed0ad422088c"),
-    "fashion_mnist": Source("zalando-datasets/fashion_mnist", "531be5e2ccc9dba0c201ad3ae567a4f3d16ecdd2"),
-    "cifar10": Source("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", image="img"),
-    "cifar100": Source("uoft-cs/cifar100", "aadb3af77e9048adbea6b47c21a81e47dd092ae5", image="img", label="fine_label"),
-    "svhn": Source("ufldl-stanford/svhn", "f9e1717d73324ebbc1ece84267ccd80d0aca0690", config="cropped_digits"),
-}
-NAMES = ("digits", *SOURCES)
-OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")  # of `datasets`, which reads them when it is imported
+from fff.data.digest import content_digest
+from fff.data.sources import (
+    SOURCES,
+    Source,
+    cache_file,
+    check_available,
+    check_name,
+    is_offline,
+    local_folder,
+    not_found,
+)
 
 
 class Images(NamedTuple):
     """train_x, test_x: (N, C, H, W) uint8.  train_y, test_y: (N,) int64.
 
     white: the largest possible pixel value.  mean, std: per channel, over the training rows, of pixels in [0, 1].
+    digest: `content_digest` of the four tensors.
     """
 
     train_x: Tensor
@@ -72,6 +46,7 @@ class Images(NamedTuple):
     white: int
     mean: list[float]
     std: list[float]
+    digest: str
 
 
 def load_images(name: str, root: str | Path | None = None, cache_dir: str | Path | None = None) -> Images:
@@ -82,12 +57,9 @@ def load_images(name: str, root: str | Path | None = None, cache_dir: str | Path
     cache_dir: default `$XDG_CACHE_HOME/fff`, else `~/.cache/fff`.
     Raises ValueError for an unknown name, FileNotFoundError (one line) for a set that cannot be had.
     """
-    if name not in NAMES:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
-    folder = Path(root).expanduser() / name if root else None
-    if folder is not None and not folder.is_dir():
-        folder = None
-    path = _cache_folder(cache_dir) / f"{name}-{_fingerprint(name, folder)}.safetensors"
+    check_name(name)
+    folder = local_folder(name, root)
+    path = cache_file(name, root, cache_dir)
     images = _read_cache(path)
     if images is None:
         if name == "digits":
@@ -95,28 +67,17 @@ def load_images(name: str, root: str | Path | None = None, cache_dir: str | Path
         elif folder is not None:
             images = _decode_folder(SOURCES[name], folder)
         else:
+            check_available(name, root, cache_dir)
             images = _decode_hub(name, root)
         _write_cache(path, images)
+    expected = SOURCES[name].digest if name in SOURCES else None
+    if expected not in (None, images.digest):
+        warnings.warn(
+            f"{folder or SOURCES[name].hub_id} holds rows of digest {images.digest},"
+            f" results here were computed on those of {expected}",
+            stacklevel=2,
+        )
     return images
-
-
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    # An empty XDG_CACHE_HOME counts as unset (XDG base directory specification).
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fff"
-
-
-def _fingerprint(name: str, folder: Path | None) -> str:
-    if name == "digits":
-        key: list = ["scikit-learn"]
-    elif folder is not None:
-        paths = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
-        stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths]
-        key = [(relative, stat.st_size, stat.st_mtime_ns) for relative, stat in stats]
-    else:
-        key = list(SOURCES[name])
-    return hashlib.sha256(json.dumps([FORMAT, name, key]).encode()).hexdigest()[:16]
 
 
 def _read_cache(path: Path) -> Images | None:
@@ -168,18 +129,11 @@ def _decode_folder(source: Source, folder: Path) -> Images:
 
 
 def _decode_hub(name: str, root: str | Path | None) -> Images:
-    source = SOURCES[name]
-    folder = f"<root>/{name} (root, or FFF_DATA_DIR, is not set)" if not root else Path(root).expanduser() / name
-    missing = f"data set {name!r} not found: neither in the folder {folder} nor on the Hub as {source.hub_id!r}"
-    offline = any(os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE") for key in OFFLINE_SWITCHES)
-    if not offline and not _hub_reachable():
-        # `datasets` itself would try for 23 s.
-        raise FileNotFoundError(f"{missing} (host unreachable; HF_HUB_OFFLINE=1 uses what the Hub client has stored)")
-
     from datasets import config, load_dataset
 
-    if offline and not config.HF_HUB_OFFLINE:
-        raise FileNotFoundError(f"{missing} (HF_HUB_OFFLINE was set after `datasets` was imported)")
+    source = SOURCES[name]
+    if is_offline() and not config.HF_HUB_OFFLINE:
+        raise not_found(name, root, "HF_HUB_OFFLINE was set after `datasets` was imported")
     options: dict = {"revision": source.revision}
     if source.config is not None:
         # Not by the name of the configuration: that would fetch all of its splits, for SVHN 1 GB of extra rows.
@@ -187,34 +141,8 @@ def _decode_hub(name: str, root: str | Path | None) -> Images:
     try:
         splits = load_dataset(source.hub_id, **options)
     except (ConnectionError, FileNotFoundError) as error:
-        raise FileNotFoundError(f"{missing} ({_first_line(error)})") from None
-    images = _decode(splits, source, source.hub_id)
-    if source.digest is not None and content_digest(images) != source.digest:
-        warnings.warn(f"{source.hub_id} no longer holds the rows that results here were computed on", stacklevel=2)
-    return images
-
-
-def _hub_reachable(timeout: float = 1.5) -> bool:
-    """Whether the Hub's host, or the proxy in front of it, takes a connection within `timeout` seconds."""
-    target = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    proxy = urllib.request.getproxies().get(target.scheme)
-    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
-        target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    port = target.port or (443 if target.scheme == "https" else 80)
-    reached: list[bool] = []
-
-    def connect() -> None:
-        try:
-            socket.create_connection((target.hostname, port), timeout=timeout).close()
-            reached.append(True)
-        except OSError:
-            pass
-
-    # In a thread, since the timeout of a socket does not cover the name look-up.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(reached)
+        raise not_found(name, root, _first_line(error)) from None
+    return _decode(splits, source, source.hub_id)
 
 
 def _decode(splits, source: Source, place: str) -> Images:
@@ -244,14 +172,8 @@ def _images(
         white,
         mean=[float(mean) for _, mean in moments],
         std=[float(std) for std, _ in moments],
+        digest=content_digest((train_x, train_y, test_x, test_y)),
     )
-
-
-def content_digest(images: Images) -> str:
-    digest = hashlib.sha256()
-    for tensor in images[:4]:
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _first_line(error: Exception) -> str:

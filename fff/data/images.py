@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
 from fff.data.image_cache import load_images
 from fff.data.module import InMemoryData, Rows
+from fff.data.sources import Name
 
-NORMALIZE = ("standardize", "unit", "symmetric")
+Normalize = Literal["standardize", "unit", "symmetric"]
 
 
 class ImageData(InMemoryData):
@@ -23,11 +25,11 @@ class ImageData(InMemoryData):
 
     def __init__(
         self,
-        name: str,
+        name: Name,
         batch_size: int = 256,
         *,
         root: str | Path | None = None,
-        normalize: str = "standardize",
+        normalize: Normalize = "standardize",
         cache_dir: str | Path | None = None,
         seed: int = 0,
         split_seed: int = 0,
@@ -37,8 +39,8 @@ class ImageData(InMemoryData):
         super().__init__(
             batch_size, seed=seed, split_seed=split_seed, drop_last=drop_last, eval_batch_size=eval_batch_size
         )
-        if normalize not in NORMALIZE:
-            raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
+        if normalize not in get_args(Normalize):
+            raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}, got {normalize!r}")
         self.name, self.root, self.cache_dir, self.normalize = name, root, cache_dir, normalize
 
     def load(self) -> Rows:
@@ -50,4 +52,5 @@ class ImageData(InMemoryData):
             scale, shift = torch.full_like(mean, 2.0), torch.full_like(mean, -1.0)
         else:
             scale, shift = 1 / std, -mean / std
-        return Rows(*images[:4], images.class_names, (scale / images.white).view(-1, 1, 1), shift.view(-1, 1, 1))
+        scale, shift = (scale / images.white).view(-1, 1, 1), shift.view(-1, 1, 1)
+        return Rows(*images[:4], images.class_names, scale, shift, images.digest)

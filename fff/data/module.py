@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from fff.data.batches import Batches
+from fff.data.digest import content_digest
 
 
 class Rows(NamedTuple):
@@ -19,6 +20,7 @@ class Rows(NamedTuple):
 
     train_x (T, *in_shape), train_y (T,) int64: the official training split, validation rows included.
     test_x, test_y: the official test split.  scale, shift: see `Batches`; None where x is float32 already.
+    digest: `content_digest` of the four tensors, where it is known already.
     """
 
     train_x: Tensor
@@ -28,6 +30,7 @@ class Rows(NamedTuple):
     class_names: list[str]
     scale: Tensor | None = None
     shift: Tensor | None = None
+    digest: str | None = None
 
 
 class InMemoryData(LightningDataModule, ABC):
@@ -61,6 +64,11 @@ class InMemoryData(LightningDataModule, ABC):
     @cached_property
     def rows(self) -> Rows:
         return self.load()
+
+    @cached_property
+    def content_digest(self) -> str:
+        """Names the content of all rows and labels; the record of a run holds it."""
+        return self.rows.digest or content_digest(self.rows[:4])
 
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor]:

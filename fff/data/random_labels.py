@@ -35,4 +35,4 @@ class RandomLabels(InMemoryData):
         generator = torch.Generator().manual_seed(self.label_seed)
         corrupt = torch.rand(len(rows.train_y), generator=generator) < self.fraction
         random_y = torch.randint(len(rows.class_names), rows.train_y.shape, generator=generator)
-        return rows._replace(train_y=torch.where(corrupt, random_y, rows.train_y))
+        return rows._replace(train_y=torch.where(corrupt, random_y, rows.train_y), digest=None)

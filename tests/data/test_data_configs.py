@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from fff.data import InMemoryData, image_cache
+from fff.data import InMemoryData, sources
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
@@ -24,12 +24,12 @@ def test_config_instantiates(name, monkeypatch, tmp_path):
     monkeypatch.setenv("FFF_DATA_DIR", str(tmp_path))
     data = build(name)
     assert isinstance(data, InMemoryData) and data.seed == 3 and data.batch_size == 256
-    if name in image_cache.NAMES:
+    if name in sources.NAMES:
         assert data.name == name and data.root == (None if name == "digits" else str(tmp_path))
 
 
 def test_each_set_has_a_config():
-    assert set(NAMES) == {*image_cache.NAMES, "clusters", "random_labels"}
+    assert set(NAMES) == {*sources.NAMES, "clusters", "random_labels"}
 
 
 def test_root_is_optional(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fff.data import ImageData, image_cache
+from fff.data import ImageData, RandomLabels, digest, image_cache, sources
 
 
 def write_folder(folder: Path, *, image="image", label="label", num_classes=3, shape=(4, 5, 3), rows=(30, 12), seed=0):
@@ -144,6 +145,30 @@ def test_changed_files_are_decoded_anew(tmp_path, no_hub):
     assert torch.equal(second.train_x[:, 0], written["train"][0])
 
 
+def test_other_rows_than_the_published_ones_are_told(tmp_path, no_hub):
+    root = tmp_path / "root"
+    write_folder(root / "usps", shape=(4, 5))
+    for _ in ("decoded", "from the cache"):
+        with pytest.warns(UserWarning, match=f"{root / 'usps'} holds rows of digest .* those of c342bdef1aac1d15"):
+            image_cache.load_images("usps", root, tmp_path / "cache")
+
+
+def test_digest_names_the_content(tmp_path, no_hub):
+    root, cache = tmp_path / "root", tmp_path / "cache"
+    assert sources.stored_digest("mnist", root, cache) is None
+    digests = []
+    for seed in (0, 1, 0):
+        write_folder(root / "mnist", shape=(4, 5), seed=seed)
+        data = ImageData("mnist", root=root, cache_dir=cache)
+        digests.append(data.content_digest)
+        assert sources.stored_digest("mnist", root, cache) == data.content_digest
+        assert digest.content_digest(data.rows[:4]) == data.content_digest
+    assert digests[0] == digests[2] != digests[1]
+    corrupted = RandomLabels(data)
+    assert corrupted.content_digest not in digests
+    assert corrupted.content_digest == RandomLabels(data).content_digest != RandomLabels(data, 0.5).content_digest
+
+
 def test_damaged_cache_is_replaced(tmp_path):
     first = image_cache.load_images("digits", None, tmp_path)
     (path,) = tmp_path.iterdir()
@@ -176,9 +201,9 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_cache_folder_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert image_cache._cache_folder(None) == tmp_path / "fff"
+    assert sources._cache_folder(None) == tmp_path / "fff"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert image_cache._cache_folder(None) == Path.home() / ".cache" / "fff"
+    assert sources._cache_folder(None) == Path.home() / ".cache" / "fff"
 
 
 def one_line(error: BaseException) -> str:
@@ -207,24 +232,44 @@ def test_missing_set_without_network(tmp_path, monkeypatch):
         time.sleep(4)
         raise TimeoutError
 
-    monkeypatch.setattr(image_cache.socket, "create_connection", answer_late)
+    monkeypatch.setattr(sources.socket, "create_connection", answer_late)
     start = time.perf_counter()
     with pytest.raises(FileNotFoundError, match="host unreachable"):
         image_cache.load_images("svhn", None, tmp_path)
     assert time.perf_counter() - start < 3
 
 
-def test_missing_set_in_offline_mode(tmp_path, monkeypatch, no_hub):
-    """Offline from the start: the Hub client is asked for what it has stored, and has nothing."""
+@pytest.mark.parametrize("stored", ["hub/datasets--ufldl-stanford--svhn", "datasets/ufldl-stanford___svhn"])
+def test_missing_set_in_offline_mode(tmp_path, monkeypatch, no_hub, stored):
+    """Offline from the start: the Hub client is asked for what it has stored, if it has stored anything."""
     import datasets
     import huggingface_hub
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     huggingface_hub.close_session()
+    with pytest.raises(FileNotFoundError, match="'svhn' not found.*'ufldl-stanford/svhn' .offline"):
+        image_cache.load_images("svhn", None, tmp_path)
+    (tmp_path / "hf" / stored).mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="'svhn' not found.*'ufldl-stanford/svhn' .ConnectionError"):
         image_cache.load_images("svhn", None, tmp_path)
     huggingface_hub.close_session()
+
+
+def test_availability_is_known_without_torch(tmp_path):
+    code = (
+        "import sys, fff.data; from fff.data.sources import check_available, stored_digest;"
+        "check_available('digits'); stored_digest('digits');"
+        "assert not {'torch', 'lightning', 'datasets', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_names_are_those_with_a_source():
+    assert set(sources.NAMES) == {"digits", *sources.SOURCES}
 
 
 def test_what_the_hub_is_asked_for(tmp_path, monkeypatch):
@@ -241,12 +286,14 @@ def test_what_the_hub_is_asked_for(tmp_path, monkeypatch):
         return load_dataset(str(tmp_path / hub_id), cache_dir=tmp_path / "arrow", **options)
 
     monkeypatch.setattr(datasets, "load_dataset", from_clone)
-    monkeypatch.setattr(image_cache, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(sources, "is_offline", lambda: False)
+    monkeypatch.setattr(image_cache, "is_offline", lambda: False)
+    monkeypatch.setattr(sources, "_hub_reachable", lambda: True)
     images = image_cache.load_images("svhn", None, tmp_path / "cache")
     assert torch.equal(images.test_y, written["test"][1])
-    with pytest.warns(UserWarning, match="flwrlabs/usps no longer holds the rows"):
+    with pytest.warns(UserWarning, match="flwrlabs/usps holds rows of digest .* those of c342bdef1aac1d15"):
         image_cache.load_images("usps", None, tmp_path / "cache")
-    assert asked == {source.hub_id: source.revision for source in map(image_cache.SOURCES.get, ("svhn", "usps"))}
+    assert asked == {source.hub_id: source.revision for source in map(sources.SOURCES.get, ("svhn", "usps"))}
     asked.clear()
     image_cache.load_images("svhn", tmp_path / "no such root", tmp_path / "cache")
     assert not asked  # from the cache
@@ -259,11 +306,11 @@ def test_proxy_is_what_must_be_reachable(monkeypatch):
         asked.append(address)
         return socket.socket()
 
-    monkeypatch.setattr(image_cache.socket, "create_connection", connect)
-    monkeypatch.setattr(image_cache.urllib.request, "getproxies", lambda: {"https": "http://proxy.test:3128"})
-    assert image_cache._hub_reachable()
-    monkeypatch.setattr(image_cache.urllib.request, "getproxies", dict)
-    assert image_cache._hub_reachable()
+    monkeypatch.setattr(sources.socket, "create_connection", connect)
+    monkeypatch.setattr(sources.urllib.request, "getproxies", lambda: {"https": "http://proxy.test:3128"})
+    assert sources._hub_reachable()
+    monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
+    assert sources._hub_reachable()
     assert asked == [("proxy.test", 3128), ("huggingface.co", 443)]
 
 
@@ -296,7 +343,7 @@ def test_usps(real_root, cache_dir):
     assert torch.bincount(rows.train_y).tolist() == [1194, 1005, 731, 658, 652, 556, 664, 645, 542, 644]
     assert len(data.val_rows) == 729
     images = image_cache.load_images("usps", real_root, cache_dir)
-    assert image_cache.content_digest(images) == image_cache.SOURCES["usps"].digest
+    assert images.digest == data.content_digest == sources.SOURCES["usps"].digest
 
 
 def test_mnist(real_root, cache_dir):
