@@ -80,8 +80,8 @@ def refusal(study: str, what: str, groups: Mapping[str, Iterable[str]]) -> Value
     """The error of a study that holds runs which must not be mixed. groups: their ids, by what tells them apart."""
     listed = [f"  {name}: {', '.join(run_ids)}" for name, run_ids in groups.items()]
     remedy = (
-        f"nothing is written. Keep one of them; of the others delete the run directories {study}/<run id>, their rows in"
-        f" runs/{study}.csv and those of their cells in runs/{study}.history.csv, or give them a study of their own"
+        f"nothing is written. Keep one of them; of the others delete the run directories {study}/<run id>, their rows"
+        f" in runs/{study}.csv and those of their cells in runs/{study}.history.csv, or give them a study of their own"
     )
     return ValueError("\n".join([f"{study} holds {what}; {remedy}:", *listed]))
 

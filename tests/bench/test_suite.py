@@ -137,6 +137,11 @@ def test_command_writes_a_record_of_every_suite(name, tmp_path, capsys, monkeypa
     record = json.loads(Path(tmp_path / f"{name}.json").read_text())
     assert record["config"]["threads"] == 1 and record["hardware"]["cpu"] and record["versions"]["torch"]
     assert set(record["cases"]) == set(cases)
+    # All that stands in a record is explained.
+    schema = (CONFIGS.parents[1] / "results" / "README.md").read_text()
+    found = record["cases"].values()
+    keys = {key for case in found for entry in [*case["rows"].values(), *case["ratios"]] for key in entry}
+    assert [key for key in (keys | set(record)) - {"schema", "cases"} if f"`{key}`" not in schema] == []
     targets = sum(len(case["targets"]) for case in cases.values())
     printed = capsys.readouterr().out
     assert len(re.findall("(time|memory): .* / |extra_ms: .* - ", printed)) == targets

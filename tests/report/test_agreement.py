@@ -1,6 +1,7 @@
 """What the writers of records and their reader must agree on, though neither imports the other."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,13 @@ def test_schema_and_places_are_the_same():
 def test_every_column_of_a_history_is_read():
     protocol = pytest.importorskip("fff.tasks.protocol")
     assert protocol.HISTORY == ("epoch", *records.HISTORY)
+
+
+def test_every_column_is_explained():
+    schema = (Path(__file__).resolve().parents[2] / "results" / "README.md").read_text()
+    metrics = [f"metrics.{name}" for name in records._METRICS if not name.endswith(("_width", "_size"))]
+    for name in (*records._FIRST, *records._RUN, *metrics, *records.HISTORY):
+        assert f"`{name}`" in schema, name
 
 
 def test_a_record_as_it_is_written_is_read(write_run):
