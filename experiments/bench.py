@@ -5,29 +5,43 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 try:
     import hydra
+    from hydra.core.config_store import ConfigStore
     from omegaconf import DictConfig, OmegaConf
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; benchmarks need the extra: pip install 'fff[train]'") from error
 
-from .config import build
+from . import provenance
+from .check import ConfigError, check
+from .config import build, config_path, one_line_errors
 
 SCHEMA = 1
-# conf/ lies beside this package in a checkout and in a wheel alike.
-CONFIGS = Path(__file__).resolve().parents[1] / "conf" / "bench"
+
+
+@dataclass
+class Bench:
+    """The root of a benchmark's configuration; conf/bench/config.yaml says what the values mean."""
+
+    suite: Any
+    seed: int
+    threads: int
+    rounds: int
+    min_sample_s: float
+    out: str
 
 
 def run(cfg: DictConfig) -> bool:
     """Run the suite, write its record, print its tables; False if a competitor was refused for its outputs."""
     # Read when torch is imported: keeps the profiler's start and stop messages off the screen.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    commit = provenance.git_commit()
     from fff.bench.suite import agrees, markdown, run_suite
-
-    from . import provenance
 
     suite = OmegaConf.to_container(cfg.suite, resolve=True)
     cases = run_suite(
@@ -44,7 +58,7 @@ def run(cfg: DictConfig) -> bool:
         "config": {key: cfg[key] for key in ("seed", "threads", "rounds", "min_sample_s")} | {"cases": suite["cases"]},
         "hardware": provenance.hardware(),
         "versions": provenance.versions() | {"fastfeedforward": _version("fastfeedforward")},
-        "git_commit": provenance.git_commit(),
+        "git_commit": commit,
         "cases": cases,
     }
     path = Path(cfg.out) / f"{suite['name']}.json"
@@ -56,10 +70,23 @@ def run(cfg: DictConfig) -> bool:
     return agrees(cases)
 
 
-@hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+def job(cfg: DictConfig) -> None:
+    try:
+        check(OmegaConf.to_container(cfg, resolve=True), Bench)
+    except ConfigError as error:
+        # Hydra would put a line of its own before an error that leaves here.
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if not run(cfg):
         sys.exit("a competitor was refused: its outputs differ from the reference")
+
+
+def main() -> None:
+    schema = OmegaConf.structured(Bench)
+    schema.suite = OmegaConf.create({}, flags={"struct": False})
+    ConfigStore.instance().store(name="bench_schema", node=schema)
+    with one_line_errors(Bench):
+        hydra.main(version_base="1.3", config_path=str(Path(config_path(), "bench")), config_name="config")(job)()
 
 
 def _version(package: str) -> str | None:

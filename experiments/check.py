@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 _SPECIAL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _SCALARS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+# How a configuration gives a callable.
+_NODE = "a node with _target_"
 
 
 class ConfigError(ValueError):
@@ -38,13 +40,14 @@ class Definition(NamedTuple):
 def check(config: dict[str, Any], root: type) -> None:
     """Raise ConfigError at the first key or value that the dataclass `root` or the `_target_` of a node does not take.
 
-    config: resolved, plain containers. Values are compared with annotations made of int, float, str, bool, None and
-    Literal; what cannot be read from the source is not checked.
+    config: resolved, plain containers. Values are compared with annotations made of int, float, str, bool, None,
+    Literal and Callable; what cannot be read from the source is not checked. A dataclass has checked the types of its
+    values itself; its fields may have `choices` in their metadata.
     """
-    _check_keys("", "the configuration", config, root)
+    _check_fields("", "the configuration", config, root)
     for f in dataclasses.fields(root):
         if dataclasses.is_dataclass(f.default_factory):
-            _check_keys(f"{f.name}.", f.name, config[f.name], f.default_factory)
+            _check_fields(f"{f.name}.", f.name, config[f.name], f.default_factory)
     for path, node in _targets(config, ""):
         _check_node(path, node)
 
@@ -64,11 +67,15 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
             if not parameters.open:
                 raise ConfigError(no_such(f"{path}.{name}", target, name, list(parameters.annotations)))
         elif (expected := _mismatch(value, parameters.annotations[name], parameters.module)) is not None:
-            raise ConfigError(f"{path}.{name}={value!r}: {target} takes {' or '.join(map(str, expected))} here")
+            raise ConfigError(_takes(f"{path}.{name}", value, target, expected))
 
 
 def no_such(path: str, owner: str, name: str, valid: Iterable[str]) -> str:
     return f"{path}: {owner} has no {name!r}; {suggest(name, valid)}"
+
+
+def _takes(path: str, value: Any, owner: str, expected: Iterable[Any]) -> str:
+    return f"{path}={value!r}: {owner} takes {' or '.join(map(str, expected))} here"
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -78,11 +85,14 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there is {', '.join(valid) or 'nothing to choose from'}"
 
 
-def _check_keys(path: str, owner: str, node: dict[str, Any], schema: type) -> None:
-    valid = [f.name for f in dataclasses.fields(schema)]
-    for name in node:
-        if name not in valid:
-            raise ConfigError(no_such(path + name, owner, name, valid))
+def _check_fields(path: str, owner: str, node: dict[str, Any], schema: type) -> None:
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for name, value in node.items():
+        if name not in fields:
+            raise ConfigError(no_such(path + name, owner, name, fields))
+        choices = fields[name].metadata.get("choices")
+        if choices is not None and value not in choices:
+            raise ConfigError(_takes(path + name, value, owner, choices))
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,18 +116,21 @@ def _mismatch(value: Any, annotation: ast.expr | None, module: str) -> list[Any]
             # A bool is an int to Python, not to a reader of a configuration.
             if isinstance(value, _SCALARS[option]) and (option == "bool" or not isinstance(value, bool)):
                 return None
-        elif value == option and type(value) is type(option):
+        elif isinstance(value, dict) if option == _NODE else (value == option and type(value) is type(option)):
             return None
     return allowed
 
 
 def _alternatives(annotation: ast.expr | None, module: str) -> list[Any] | None:
-    """Scalar type names and literal values that an annotation is made of; None if it holds anything else."""
+    """Scalar type names, literal values and _NODE that an annotation is made of; None if it holds anything else."""
     match annotation:
         case ast.Name(id=name) if name in _SCALARS:
             return [name]
+        case ast.Name(id="Callable") | ast.Subscript(value=ast.Name(id="Callable")):
+            return [_NODE]
         case ast.Name(id=name):
-            return _alternatives(_assigned(module, name), module)
+            alias = _assigned(module, name)
+            return None if alias is None else _alternatives(*alias)
         case ast.Constant(value=None):
             return [None]
         case ast.Constant(value=str(source)):
@@ -131,11 +144,21 @@ def _alternatives(annotation: ast.expr | None, module: str) -> list[Any] | None:
     return None
 
 
-def _assigned(module: str, name: str) -> ast.expr | None:
-    """What a module gives a name at its top level, for aliases like `Mode = Literal["soft", "hard"]`."""
-    for node in _parse(module).body:
+@cache
+def _assigned(module: str, name: str) -> tuple[ast.expr, str] | None:
+    """What a name stands for at the top level of a module, for aliases like `Mode = Literal["soft", "hard"]`, and the
+    module that says so: this one, or the one of the same package that it is imported from."""
+    tree = _parse(module)
+    for node in _statements(tree.body) if tree is not None else ():
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return node.value
+            return node.value, module
+        if isinstance(node, ast.ImportFrom):
+            home = _absolute(node, module)
+            # What a whole library exports under this name would take long to parse, and is a class more often than not.
+            near = home != module and home.partition(".")[0] == module.partition(".")[0]
+            for alias in node.names if near else ():
+                if (alias.asname or alias.name) == name:
+                    return _assigned(home, alias.name)
     return None
 
 

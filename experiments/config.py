@@ -5,16 +5,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from .check import ConfigError, check, no_such, suggest
+from .check import ConfigError, check, no_such, parameters_of, suggest
+
+# Lightning's, one name for each: with two, one computation would be two runs.
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 
 @dataclass
@@ -22,9 +30,9 @@ class Trainer:
     """Settings of Lightning's Trainer that a run may vary."""
 
     max_epochs: int = 100
-    accelerator: str = "auto"
+    accelerator: str = field(default="auto", metadata={"choices": ("auto", "cpu", "gpu", "cuda", "mps", "tpu")})
     devices: int = 1
-    precision: str = "32-true"
+    precision: str = field(default="32-true", metadata={"choices": PRECISIONS})
     gradient_clip_val: float | None = None
     accumulate_grad_batches: int = 1
     # Batches per training epoch, null for all.
@@ -101,6 +109,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
             f"trainer.devices={plain['trainer']['devices']}: a run trains on one device, as its data is not sharded,"
             " and in a sweep every further process would start the sweep again"
         )
+    _check_schedules(plain["task"].get("schedules") or {}, plain["layer"]["_target_"])
     for key in VOLATILE:
         *parents, name = key.split(".")
         node = plain
@@ -109,6 +118,13 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         node.pop(name, None)
     plain["data"] = _without_places(plain["data"])
     return plain
+
+
+def _check_schedules(schedules: dict[str, Any], layer: str) -> None:
+    known = parameters_of(layer)
+    for attribute in schedules if known is not None and not known.open else ():
+        if attribute not in known.annotations:
+            raise ConfigError(no_such(f"task.schedules.{attribute}", layer, attribute, known.annotations))
 
 
 def _plain(node: Any, resolve: bool) -> Any:
@@ -147,7 +163,7 @@ def build(node: Any, **keywords: Any) -> Any:
     return instantiate(node, **keywords)
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, schemas: Sequence[type] = (Config, Trainer)) -> str:
     """One line that names the key, the target and the nearest valid name, from whatever Hydra or OmegaConf raised."""
     chain = [error]
     while chain[-1].__cause__ is not None:
@@ -167,7 +183,7 @@ def explain(error: BaseException) -> str:
     text = "\n".join(str(link) for link in chain)
     if unknown := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)\s+full_key: (\S+)", text):
         name, owner, path = unknown.groups()
-        schema = {"Config": Config, "Trainer": Trainer}.get(owner)
+        schema = next((schema for schema in schemas if schema.__name__ == owner), None)
         parent = path.rpartition(".")[0] or "the configuration"
         return no_such(path, parent, name, [f.name for f in fields(schema)] if schema else [])
     text = re.sub(r"\w+ raised while resolving interpolation: ", "", str(chain[-1]))
@@ -178,10 +194,36 @@ def explain(error: BaseException) -> str:
     return f"{key}: {' '.join(lines)}" if key else " ".join(lines) or repr(error)
 
 
+@contextmanager
+def one_line_errors(*schemas: type) -> Iterator[None]:
+    """Around a Hydra command: a mistake ends the program with code 2 and one line, unless HYDRA_FULL_ERROR=1.
+
+    schemas: dataclasses of the configuration, whose keys are offered for a mistyped one.
+    """
+    told_in_full = os.environ.get("HYDRA_FULL_ERROR")
+    # Makes Hydra raise its errors instead of printing them over many lines.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except Exception as error:
+        if told_in_full == "1":
+            raise
+        print(f"error: {explain(error, schemas)}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = told_in_full or "0"
+
+
 def config_path() -> str:
-    """Where the YAML files lie: beside this package in a checkout, in `fff.conf` in an installed wheel."""
-    checkout = Path(__file__).resolve().parents[1] / "conf"
-    return str(checkout) if (checkout / "config.yaml").is_file() else "pkg://fff.conf"
+    """Where the YAML files lie: beside this package, in a checkout and in a wheel alike."""
+    return str(Path(__file__).resolve().parents[1] / "conf")
+
+
+def option_groups() -> str:
+    """For --help: a line for each group of options that a run has. Hydra's own list names the benchmarks' too."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = [group for group in sorted(loader.list_groups("")) if group not in ("hydra", "bench")]
+    return "\n".join(f"{group}: {', '.join(sorted(loader.get_group_options(group)))}" for group in groups)
 
 
 def register() -> None:
@@ -196,6 +238,7 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("tree_depth", tree_depth, replace=True)
     OmegaConf.register_new_resolver("num_experts", num_experts, replace=True)
+    OmegaConf.register_new_resolver("option_groups", option_groups, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(identity(_root_)), replace=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "datasets", "hydra-core")
+_CODE = ("fff", "conf", "experiments", "pyproject.toml")
 
 
 def hardware() -> dict[str, Any]:
@@ -40,15 +41,19 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, with "-dirty" if tracked files differ; None in a wheel."""
+    """Commit of the checkout that this code runs from, with "-dirty" if code or configurations there differ from it;
+    None in a wheel. Asked for before the work begins: what the process imports counts, not what came later.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        return f"{commit}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
+        # A new layer is untracked before it is committed; a new table in results/ changes no run.
+        changed = _git(root, "status", "--porcelain", "--untracked-files=all", "--", *_CODE)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
 
 
 def _git(root: Path, *arguments: str) -> str:

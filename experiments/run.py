@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .config import build, config_hash, identity, run_dir, run_id
+from .dataset import check_data, other_rows
+from .provenance import git_commit, hardware, versions
 from .store import ERROR, LOCK, RESULT, SCHEMA, lock, read_record, write_record
 
 CHECKPOINT = "last.ckpt"
@@ -52,6 +53,8 @@ def run(cfg: DictConfig, progress_bar: bool = False) -> Outcome:
             return Outcome("busy", folder)
         record, reason = read_record(folder, digest)
         if record is not None and not cfg.force:
+            if other := other_rows(OmegaConf.to_container(cfg.data, resolve=True), record):
+                print(f"{folder / RESULT}: {other}; force=true runs it again", file=sys.stderr, flush=True)
             return Outcome("skipped", folder)
         if reason:
             print(f"{reason}; running it again", file=sys.stderr, flush=True)
@@ -126,18 +129,21 @@ def last_line(error: BaseException) -> str:
 
 def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
     """Train and measure: the part of the record that is not known beforehand."""
+    commit = git_commit()
+    # A missing set is found before torch is imported.
+    check_data(OmegaConf.to_container(cfg.data, resolve=True))
+
     import torch
 
     torch.set_num_threads(cfg.threads)
     from lightning.pytorch import Trainer, seed_everything
 
-    from .provenance import git_commit, hardware, versions
+    from .elapsed import Elapsed
 
     for remark in _REMARKS:
         warnings.filterwarnings("ignore", message=remark)
 
-    start = time.perf_counter()
-    # Data first: what is missing there is found before anything else costs time.
+    elapsed = Elapsed()
     data = build(cfg.data)
     data.prepare_data()
     data.setup()
@@ -149,7 +155,7 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
     task = build(cfg.task)
     task = task(model, **_accepted(task, known))
 
-    callbacks, checkpoint = list(task.protocol_callbacks()), None
+    callbacks, checkpoint = [elapsed, *task.protocol_callbacks()], None
     if cfg.trainer.checkpoint_every is not None:
         from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -188,11 +194,12 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
         raise
     return {
         **task.results(data),
-        "wall_time_s": round(time.perf_counter() - start, 3),
+        "wall_time_s": round(elapsed.seconds, 3),
         "resumed": checkpoint is not None,
-        "hardware": hardware(),
+        "data_digest": getattr(data, "content_digest", None),
+        "hardware": {**hardware(), "device": str(trainer.strategy.root_device)},
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": commit,
     }
 
 

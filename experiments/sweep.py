@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from .check import ConfigError
 from .config import config_hash, explain, identity, run_dir
+from .dataset import check_data, image_places, other_rows
 from .run import summary
 from .store import ERROR, RESULT, is_locked, lock, read_record
 
@@ -87,19 +88,32 @@ class RunSweeper(Sweeper):
 
         jobs: dict[Path, Job] = {}
         finished = set()
+        checked, other = [], []
         for combination in combinations:
             overrides = tuple(override.input_line for override in combination)
             try:
                 cfg = self._compose(combination)
                 plain = identity(cfg)
+                job = Job(overrides, run_dir(cfg, plain), config_hash(plain))
+                if job.run_dir in jobs:
+                    continue
+                jobs[job.run_dir] = job
+                data = OmegaConf.to_container(cfg.data, resolve=True)
+                record = None if cfg.force else read_record(job.run_dir, job.config_hash)[0]
+                if record is not None:
+                    finished.add(job.run_dir)
+                    other += [job.run_dir / RESULT] if other_rows(data, record) else []
+                elif (places := image_places(data)) not in checked:
+                    checked.append(places)
+                    check_data(data)
             except Exception as error:
                 raise ConfigError(f"{explain(error)} (in the combination {' '.join(overrides)})") from error
-            job = Job(overrides, run_dir(cfg, plain), config_hash(plain))
-            if job.run_dir in jobs:
-                continue
-            jobs[job.run_dir] = job
-            if not cfg.force and read_record(job.run_dir, job.config_hash)[0] is not None:
-                finished.add(job.run_dir)
+        if other:
+            print(
+                f"{len(other)} finished runs were computed on other rows than the data hold now, {other[0]} among them;"
+                " force=true runs them again",
+                file=sys.stderr,
+            )
         return len(combinations), list(jobs.values()), finished
 
     def _compose(self, combination: Sequence[Override]) -> DictConfig:

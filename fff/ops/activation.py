@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Activation = str | Callable[[Tensor], Tensor]
+Activation = Literal["relu", "gelu", "silu", "relu2", "identity"] | Callable[[Tensor], Tensor]
 
 
 def _identity(x: Tensor) -> Tensor:

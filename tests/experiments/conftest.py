@@ -1,10 +1,15 @@
-"""Compose configurations in the test process."""
+"""Compose configurations and plan sweeps in the test process."""
+
+from typing import NamedTuple
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext
 
 from experiments.config import config_path
-from experiments.sweep import register
+from experiments.sweep import Job, RunSweeper, register
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +23,25 @@ def _hydra():
 def make_config(_hydra, tmp_path):
     """make_config("layer=fff", "seed=1"): the configuration of a run below the test's folder."""
     return lambda *overrides: compose("config", [f"runs_dir={tmp_path}", *overrides])
+
+
+class Plan(NamedTuple):
+    combinations: int
+    jobs: list[Job]
+    finished: set
+
+
+@pytest.fixture
+def plan(_hydra, tmp_path):
+    """plan("experiment=demo"): what `python -m experiments.train -m experiment=demo` would run, and has run."""
+
+    def plan(*arguments):
+        place = f"runs_dir={tmp_path}"
+        single = [argument for argument in arguments if argument.startswith("experiment=")]
+        config = compose("config", [*single, place], return_hydra_config=True)
+        sweeper = RunSweeper(config.hydra.sweeper.params)
+        sweeper.config = config
+        sweeper.hydra_context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+        return Plan(*sweeper.plan([*arguments, place]))
+
+    return plan

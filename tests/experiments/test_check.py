@@ -14,6 +14,7 @@ from experiments.check import ConfigError, check, parameters_of
 @dataclass
 class Inner:
     epochs: int = 1
+    device: str = field(default="cpu", metadata={"choices": ("cpu", "gpu")})
 
 
 @dataclass
@@ -66,6 +67,7 @@ def layer(**arguments):
         {"depth": 3, "mode": "gated", "hardening_weight": 3, "glu": True, "beam_width": None},
         {"act_layer": {"_target_": "torch.nn.GELU", "_partial_": True}},
         {"depth": "${elsewhere}"},
+        {"act_layer": "relu2"},
     ],
 )
 def test_valid_nodes_pass(arguments):
@@ -80,6 +82,10 @@ def test_valid_nodes_pass(arguments):
         (layer(depth=True), ["layer.depth=True", "int"]),
         (layer(depth=2.0), ["layer.depth=2.0", "int"]),
         (layer(depth=None), ["layer.depth=None", "int"]),
+        (
+            layer(act_layer="rellu"),
+            ["layer.act_layer='rellu'", "relu or gelu", "_target_"],
+        ),  # an alias of another module
         (layer(mode="sof"), ["layer.mode='sof'", "soft or straight_through or gated"]),  # an alias of a Literal
         (
             layer(act_layer={"_target_": "torch.nn.GELU", "aproximate": "none"}),
@@ -88,6 +94,7 @@ def test_valid_nodes_pass(arguments):
         ({"layer": {"_target_": "fff.FFFF"}, "inner": {}}, ["layer._target_", "'fff.FFFF'", "'FFF'"]),
         ({"layer": [{"_target_": "fff.FFF", "dept": 1}], "inner": {}}, ["layer[0].dept"]),
         ({"layer": None, "inner": {"epoch": 1}}, ["inner.epoch", "'epochs'"]),
+        ({"layer": None, "inner": {"device": "cpuu"}}, ["inner.device='cpuu'", "cpu or gpu"]),
         ({"layer": None, "inner": {}, "lyer": 1}, ["lyer", "'layer'"]),
         ({"layer": None, "inner": {}, "zzz": 1}, ["zzz", "layer, inner"]),
     ],

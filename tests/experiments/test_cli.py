@@ -12,14 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, "-m", "experiments.train"]
-QUICK = ["width=16", "trainer.max_epochs=2"]
 
 # All in one process, as torch is never imported; main ends each time by sys.exit.
 MISTAKES = """
-import contextlib, io, json, sys
-from experiments.train import main
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["train", *arguments]
+import contextlib, importlib, io, json, sys
+for command, arguments in json.loads(sys.argv[1]):
+    main = importlib.import_module(f"experiments.{command}").main
+    sys.argv = [command, *arguments]
     said = io.StringIO()
     code = 0
     with contextlib.redirect_stderr(said):
@@ -42,7 +41,7 @@ def train(tmp_path):
     return lambda *arguments: python(*TRAIN[1:], *arguments, f"runs_dir={tmp_path / 'runs'}")
 
 
-def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path):
+def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path, monkeypatch):
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
     for name, text in {
@@ -58,6 +57,16 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path):
         (["layer.dpth=3"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
         (["+layer.dpth=3"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
         (["layer.depth=three"], "layer.depth='three': fff.FFF takes int here"),
+        (["layer.act_layer=rellu"], "layer.act_layer='rellu': fff.FFF takes relu or gelu or silu"),
+        (["data.normalize=none"], "data.normalize='none': fff.data.ImageData takes standardize or unit"),
+        (["data.name=mnis"], "data.name='mnis': fff.data.ImageData takes digits or usps"),
+        (["trainer.accelerator=cpuu"], "trainer.accelerator='cpuu': trainer takes auto or cpu"),
+        (["trainer.precision=17"], "trainer.precision='17': trainer takes 32-true or"),
+        (
+            ["+task.schedules.hardning_weight=[[0,1]]"],
+            "task.schedules.hardning_weight: fff.FFF has no 'hardning_weight'; did you mean 'hardening_weight'?",
+        ),
+        (["-m", "data=svhn", "seed=0,1"], "data set 'svhn' not found: neither in the folder "),
         (["task.optimizer.lrr=1"], "task.optimizer.lrr: torch.optim.AdamW has no 'lrr'; did you mean 'lr'?"),
         (["layer=fffx"], "layer=fffx: no such option; did you mean 'fff'?"),
         (["layr=fff"], "layr: the configuration has no 'layr'; did you mean 'layer'?"),
@@ -81,8 +90,23 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path):
         ([*mine, "experiment=no_yaml"], "while parsing"),
     ]
     elsewhere = f"runs_dir={tmp_path / 'runs'}"
-    sent = json.dumps([[*arguments, elsewhere] for arguments, _ in cases])
-    result = python("-c", MISTAKES, sent)
+    benchmarks = [
+        (["suit=training"], "suit: the configuration has no 'suit'; did you mean 'suite'?"),
+        (["suite=infer"], "suite=infer: no such option; did you mean 'inference'?"),
+        (["rounds=abc"], "rounds: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["+round=3"], "round: the configuration has no 'round'; did you mean 'rounds'?"),
+        (["suite=inference", "+suite.cases.hard_d4.build.dpth=3"], "suite.cases.hard_d4.build.dpth: fff.bench.cases."),
+    ]
+    sent = [("train", [*arguments, elsewhere]) for arguments, _ in cases]
+    sent += [("bench", [*arguments, f"out={tmp_path / 'runs'}"]) for arguments, _ in benchmarks]
+    cases += benchmarks
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FFF_DATA_DIR", raising=False)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    result = python("-c", MISTAKES, json.dumps(sent))
     assert result.returncode == 0, result.stderr
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     for (arguments, expected), (code, said) in zip(cases, answers, strict=True):
@@ -90,52 +114,44 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path):
     assert not (tmp_path / "runs").exists(), "a mistake must leave nothing behind"
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--help"], ["layer=fff layer.depth=5", "experiment: ", "feedforward, ", "max_epochs"]),
-        (["--cfg", "job"], ["_target_: fff.FFF", "max_epochs: 100"]),
-    ],
-)
-def test_help_is_quick(arguments, words):
+def test_help_is_quick():
     code = (
         "import sys, time; start = time.process_time(); from experiments.train import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "finally: print('CPU', time.process_time() - start, 'torch' in sys.modules)"
+        "for sys.argv in (['train', '--help'], ['train', '--cfg', 'job']):\n"
+        "    try: main()\n"
+        "    except SystemExit: pass\n"
+        "print('CPU', time.process_time() - start, 'torch' in sys.modules)"
     )
-    result = python("-c", code, *arguments)
-    assert all(word in result.stdout for word in words), result.stderr
+    result = python("-c", code)
+    said = ["layer=fff layer.depth=5", "experiment: ", "layer: feedforward, ", "_target_: fff.FFF", "max_epochs: 100"]
+    assert all(word in result.stdout for word in said), result.stderr
+    assert "bench" not in result.stdout, "its options are none of a run's"
     seconds, torch_imported = result.stdout.splitlines()[-1].split()[1:]
     # CPU time, because the machine may be busy.
-    assert float(seconds) < 2 and torch_imported == "False"
-
-
-def test_single_run_then_nothing_to_do(train, tmp_path):
-    first = train(*QUICK)
-    assert first.returncode == 0, first.stderr
-    (result,) = tmp_path.glob("runs/scratch/fff-digits-s0-*/result.json")
-    assert str(result) in first.stdout and "ga " in first.stdout
-    assert first.stderr == "" and len(first.stdout.splitlines()) == 2, "no adverts, no doubled lines"
-    second = train(*QUICK)
-    assert second.returncode == 0 and "finished before" in second.stdout
+    assert float(seconds) < 2.5 and torch_imported == "False"
 
 
 def test_sweep_with_failures_killed_and_resumed(train, tmp_path):
-    """kill -9 after the first of four runs; then those four in worker processes, and four more that cannot run."""
+    """kill -9 after the first of four runs; then those four in worker processes, and four more that cannot run; then
+    one of the first four by itself."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sweep = ["-m", "width=16", "trainer.max_epochs=40", "study=s", "seed=0,1,0", "layer=fff,feedforward"]
     command = [*TRAIN, *sweep, f"runs_dir={tmp_path / 'runs'}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    heard = tmp_path / "heard.txt"
+    with heard.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     deadline = time.monotonic() + 100
     while not (done := list(tmp_path.glob("runs/s/*/result.json"))) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert 1 <= len(done) < 4
+    first, *told = heard.read_text().splitlines()
+    assert "4 runs (6 combinations), 0 finished, 4 to do" in first
+    assert all(line.startswith("[") for line in told), "no adverts, no doubled lines"
     before = {path: path.stat().st_mtime_ns for path in done}
 
-    other_order = ["layer=feedforward,fff", "layer.act_layer=relu,no-such", "seed=1,0", "study=s", "width=16"]
+    other_order = ["layer=feedforward,fff", "layer.drop=0.0,2.0", "seed=1,0", "study=s", "width=16"]
     workers = ["launcher=joblib", "launcher.n_jobs=2"]
     rest = train("-m", *other_order, "trainer.max_epochs=40", *workers)
     assert rest.returncode == 1
@@ -147,5 +163,11 @@ def test_sweep_with_failures_killed_and_resumed(train, tmp_path):
     assert len(lines) == 1 + todo and lines[-1].startswith(f"[{todo}/{todo}] ") and lines[-1].endswith("(0 left)")
     failures = rest.stderr.splitlines()
     assert failures[0] == f"4 of {todo} runs failed:" and len(failures) == 5
-    assert all("error.txt: ValueError: " in line and "no-such" in line for line in failures[1:])
+    assert all("error.txt: ValueError: drop=2.0" in line for line in failures[1:])
     assert len(list(tmp_path.glob("runs/s/*/error.txt"))) == 4
+
+    alone = train("layer=fff", "width=16", "study=s", "trainer.max_epochs=40")
+    (result,) = tmp_path.glob("runs/s/fff-digits-s0-*/result.json")
+    told, where = alone.stdout.splitlines()
+    assert alone.returncode == 0 and alone.stderr == "" and str(result) == where
+    assert told.startswith(f"{result.parent.name}  ma ") and " ga " in told and "finished before" in told

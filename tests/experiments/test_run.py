@@ -2,14 +2,21 @@
 
 import json
 import shutil
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
 
-from experiments.config import config_hash, identity
+from experiments import provenance
+from experiments.check import ConfigError
+from experiments.config import config_hash, config_path, identity
 from experiments.run import CHECKPOINT, run, summary
 from experiments.store import ERROR, RESULT, lock
 
+EXPERIMENTS = sorted(path.stem for path in Path(config_path(), "experiment").glob("*.yaml"))
+NUM_RUNS = {"debug": 1, "demo": 15, "table1_usps": 400}
 QUICK = ["trainer.max_epochs=2", "width=16", "trainer.accelerator=cpu"]
 NOISY = ["layer=fff_straight_through", "layer.drop=0.2", "layer.region_leak=0.1"]
 
@@ -35,6 +42,7 @@ def test_record(finished):
     assert {"ma", "ga", "leaves_used", "diverged"} <= set(record["metrics"]) and record["metrics"]["epochs"] == 2
     assert len(record["history"]["val_accuracy"]) == 2
     assert record["hardware"]["threads"] == 1 and record["hardware"]["cpu"] and record["versions"]["torch"]
+    assert record["hardware"]["device"] == "cpu" and len(record["data_digest"]) == 16
     assert record["wall_time_s"] > 0 and record["backend"] and "git_commit" in record
     assert [path.name for path in outcome.run_dir.iterdir()] == [RESULT]
     assert "ga " in summary(record) and "leaves" in summary(record)
@@ -81,6 +89,53 @@ def test_a_failed_run_leaves_its_traceback_and_may_succeed_later(make_config, mo
     assert not (outcome.run_dir / ERROR).exists()
 
 
+def test_a_result_of_other_rows_is_told_when_it_is_skipped(finished, make_config, plan, capsys, monkeypatch):
+    cfg, outcome = finished
+    path = outcome.run_dir / RESULT
+    assert run(cfg).status == "skipped" and not capsys.readouterr().err
+    path.write_text(path.read_text().replace(read(outcome)["data_digest"], "0123456789abcdef"))
+    assert run(cfg).status == "skipped"
+    assert f"{path}: it was computed on rows of digest 0123456789abcdef" in capsys.readouterr().err
+    assert plan(*QUICK).finished == {outcome.run_dir}
+    assert f"1 finished runs were computed on other rows than the data hold now, {path}" in capsys.readouterr().err
+
+
+def test_a_missing_set_is_told_once_and_before_anything_starts(make_config, plan, tmp_path, monkeypatch):
+    for name in ("FFF_DATA_DIR", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    outcome = run(make_config("data=svhn"))
+    assert outcome.status == "failed" and outcome.error.startswith("FileNotFoundError: data set 'svhn' not found")
+    with pytest.raises(ConfigError, match="data set 'usps' not found: .*data=random_labels"):
+        plan("data=digits,random_labels", "seed=0,1")
+
+
+def test_the_commit_is_that_of_the_code_and_taken_before_the_training(make_config, monkeypatch, tmp_path):
+    import fff.tasks
+
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "experiments" / "provenance.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "first"], check=True)
+    (tmp_path / "results" / "README.md").write_text("a new table")
+    clean = provenance.git_commit.__wrapped__()
+    assert len(clean) == 40
+
+    def edit_while_it_runs(self, data, results=fff.tasks.Classification.results):
+        (tmp_path / "experiments" / "new_layer.py").write_text("")
+        return results(self, data)
+
+    monkeypatch.setattr(fff.tasks.Classification, "results", edit_while_it_runs)
+    provenance.git_commit.cache_clear()
+    assert read(run(make_config(*QUICK)))["git_commit"] == clean
+    assert provenance.git_commit.__wrapped__() == f"{clean}-dirty"
+    provenance.git_commit.cache_clear()
+
+
 class CutAt(Callback):
     def __init__(self, epoch):
         self.epoch = epoch
@@ -88,6 +143,14 @@ class CutAt(Callback):
     def on_train_epoch_start(self, trainer, task):
         if trainer.current_epoch == self.epoch:
             raise RuntimeError("cut")
+
+
+class Slow(Callback):
+    """Half a second in the first epoch, so that the time of what came before a cut is known."""
+
+    def on_train_epoch_start(self, trainer, task):
+        if trainer.current_epoch == 0:
+            time.sleep(0.5)
 
 
 def test_a_run_resumed_in_the_middle_equals_an_unbroken_one(make_config, monkeypatch, tmp_path):
@@ -98,14 +161,17 @@ def test_a_run_resumed_in_the_middle_equals_an_unbroken_one(make_config, monkeyp
 
     callbacks = fff.tasks.Classification.protocol_callbacks
     with monkeypatch.context() as patch:
-        patch.setattr(fff.tasks.Classification, "protocol_callbacks", lambda self: [*callbacks(self), CutAt(5)])
+        patch.setattr(fff.tasks.Classification, "protocol_callbacks", lambda self: [*callbacks(self), CutAt(5), Slow()])
         cut = run(make_config(*settings))
     assert cut.error == "RuntimeError: cut" and (cut.run_dir / CHECKPOINT).exists()
 
+    start = time.perf_counter()
     resumed = run(make_config(*settings))
+    seconds_of_the_rest = time.perf_counter() - start
     assert [path.name for path in resumed.run_dir.iterdir()] == [RESULT]
     record = read(resumed)
     assert record["resumed"] is True and unbroken["resumed"] is False
+    assert record["wall_time_s"] > seconds_of_the_rest, "the part before the cut took time too"
     assert record["history"] == unbroken["history"] and record["metrics"] == unbroken["metrics"]
 
     without = read(run(make_config(*settings, "trainer.checkpoint_every=null", "study=without")))
@@ -123,12 +189,20 @@ def test_an_unreadable_checkpoint_is_reported_and_not_used(make_config, capsys):
     assert "is unreadable" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("experiment", ["debug", "demo", "table1_usps"])
-def test_every_experiment_runs_two_batches(make_config, experiment):
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_plans_its_runs_and_trains_two_batches_of_each_kind(plan, make_config, experiment):
     # On the digits, whatever the experiment's own data: those may not be here.
-    cfg = make_config(f"experiment={experiment}", "data=digits", "trainer.max_epochs=1", "trainer.max_batches=2")
-    outcome = run(cfg)
-    assert outcome.status == "finished", outcome.error
+    digits = [f"experiment={experiment}", "data=digits"]
+    jobs = plan(*digits).jobs
+    assert len(jobs) == NUM_RUNS.get(experiment, len(jobs)) > 0
+    # Widths and seeds change sizes, recipes and layers what is built.
+    kinds = {}
+    for job in jobs:
+        chosen = dict(override.split("=", 1) for override in job.overrides)
+        kinds.setdefault((chosen.get("recipe"), chosen.get("layer")), job.overrides)
+    for overrides in kinds.values():
+        outcome = run(make_config(*overrides, "trainer.max_epochs=1", "trainer.max_batches=2", "force=true"))
+        assert outcome.status == "finished", (overrides, outcome.error)
 
 
 def test_csv_logger_writes_into_the_run_directory(make_config):

@@ -39,6 +39,16 @@ def test_anything_else_is_refused_with_a_reason(tmp_path, text, why):
     assert record is None and why in reason and str(tmp_path / RESULT) in reason
 
 
+def test_the_report_reads_what_is_written_here():
+    """It repeats these names, as it imports neither torch nor this package."""
+    from experiments import config
+    from fff.report import records
+    from fff.tasks import protocol
+
+    assert records.SCHEMA == SCHEMA and records._PLACES == config._PLACES
+    assert ("epoch", *records.HISTORY) == protocol.HISTORY
+
+
 HOLD = """
 import sys
 from pathlib import Path
