@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf, open_dict
 
+from experiments import config
 from experiments.config import build, config_hash, config_path, explain, identity, run_id, tree_depth
 
 CONF = Path(config_path())
@@ -39,6 +40,16 @@ def test_recipe_specialises_the_layer_and_the_command_line_wins(make_config, rec
     assert make_config(f"recipe={recipe}", "layer=fff").layer.mode == mode
     assert "mode" not in make_config(f"recipe={recipe}", "layer=feedforward").layer
     assert make_config(f"recipe={recipe}", "layer.mode=gated").layer.mode == "gated"
+
+
+@pytest.mark.parametrize("layer, base", [("feedforward_inference", "feedforward"), ("fff_soft", "fff")])
+def test_variants_spell_out_the_defaults_of_their_layer(make_config, layer, base):
+    assert list(make_config(f"layer={layer}").layer) == list(make_config(f"layer={base}").layer)
+
+
+def test_the_files_of_a_wheel_are_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "site-packages/fff/experiments/config.py"))
+    assert config.config_path() == str(tmp_path / "site-packages/fff/conf")
 
 
 def test_depth_follows_the_widths_unless_it_is_given(make_config):

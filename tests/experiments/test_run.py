@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback
 
-from experiments import provenance
+from experiments import provenance, sweep
 from experiments.check import ConfigError
 from experiments.config import config_hash, config_path, identity
 from experiments.run import CHECKPOINT, run, summary
@@ -17,6 +17,8 @@ from experiments.store import ERROR, RESULT, lock
 
 EXPERIMENTS = sorted(path.stem for path in Path(config_path(), "experiment").glob("*.yaml"))
 NUM_RUNS = {"debug": 1, "demo": 15, "table1_usps": 400}
+# Two runs of each study whose results are kept: a change of the configuration that gives them other names orphans all.
+FINISHED = {"table1_usps": {"feedforward-usps-s0-5d45946b84", "fff-usps-s0-01c60a4124"}}
 QUICK = ["trainer.max_epochs=2", "width=16", "trainer.accelerator=cpu"]
 NOISY = ["layer=fff_straight_through", "layer.drop=0.2", "layer.region_leak=0.1"]
 
@@ -190,18 +192,18 @@ def test_an_unreadable_checkpoint_is_reported_and_not_used(make_config, capsys):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_plans_its_runs_and_trains_two_batches_of_each_kind(plan, make_config, experiment):
-    # On the digits, whatever the experiment's own data: those may not be here.
-    digits = [f"experiment={experiment}", "data=digits"]
-    jobs = plan(*digits).jobs
+def test_every_experiment_plans_its_runs_and_trains_two_batches_of_each(plan, make_config, monkeypatch, experiment):
+    monkeypatch.setattr(sweep, "check_data", lambda node: None)  # the experiment's own data may not be here
+    jobs = plan(f"experiment={experiment}").jobs
     assert len(jobs) == NUM_RUNS.get(experiment, len(jobs)) > 0
+    assert FINISHED.get(experiment, set()) <= {job.run_dir.name for job in jobs}
     # Widths and seeds change sizes, recipes and layers what is built.
     kinds = {}
     for job in jobs:
         chosen = dict(override.split("=", 1) for override in job.overrides)
         kinds.setdefault((chosen.get("recipe"), chosen.get("layer")), job.overrides)
     for overrides in kinds.values():
-        outcome = run(make_config(*overrides, "trainer.max_epochs=1", "trainer.max_batches=2", "force=true"))
+        outcome = run(make_config(*overrides, "data=digits", "trainer.max_epochs=1", "trainer.max_batches=2"))
         assert outcome.status == "finished", (overrides, outcome.error)
 
 
