@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def content_digest(tensors: Iterable[Tensor]) -> str:
-    """Start of the SHA-256 over the bytes of the tensors: training and test rows and their labels, in that order."""
+    """Start of the SHA-256 over the bytes of the tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.numpy().tobytes())

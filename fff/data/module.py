@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
     train_x (T, *in_shape), train_y (T,) int64: the official training split, validation rows included.
     test_x, test_y: the official test split.  scale, shift: see `Batches`; None where x is float32 already.
-    digest: `content_digest` of the four tensors, where it is known already.
+    digest: names the content; None where `content_digest` of the four tensors shall do so.
     """
 
     train_x: Tensor

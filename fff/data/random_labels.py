@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fff.data.digest import content_digest
 from fff.data.module import InMemoryData, Rows
 
 
@@ -35,4 +36,7 @@ class RandomLabels(InMemoryData):
         generator = torch.Generator().manual_seed(self.label_seed)
         corrupt = torch.rand(len(rows.train_y), generator=generator) < self.fraction
         random_y = torch.randint(len(rows.class_names), rows.train_y.shape, generator=generator)
-        return rows._replace(train_y=torch.where(corrupt, random_y, rows.train_y), digest=None)
+        train_y = torch.where(corrupt, random_y, rows.train_y)
+        # Of the set underneath and of the labels.
+        digest = self.data.content_digest[:8] + content_digest([train_y])[:8]
+        return rows._replace(train_y=train_y, digest=digest)

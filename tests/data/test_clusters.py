@@ -114,3 +114,11 @@ def test_seeds(first):
 def test_bad_arguments(keywords, message):
     with pytest.raises(ValueError, match=message):
         ClusterData(**keywords)
+
+
+def test_digest_is_the_same_on_machines_that_round_differently(monkeypatch):
+    expected = ClusterData(1).content_digest
+    assert ClusterData(2).content_digest != expected and ClusterData(1, data_seed=5).content_digest != expected
+    qr = np.linalg.qr
+    monkeypatch.setattr(np.linalg, "qr", lambda matrix: (qr(matrix)[0] * (1 + 1e-7), None))
+    assert ClusterData(1).content_digest == expected
