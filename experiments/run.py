@@ -116,7 +116,7 @@ def summary(record: dict[str, Any]) -> str:
     """The measured values that say most, in one line."""
     metrics = record["metrics"]
     parts = [f"{name} {100 * metrics[name]:.1f} %" for name in ("ma", "ga") if metrics.get(name) is not None]
-    if (metrics.get("num_leaves") or 0) > 1:
+    if (metrics.get("num_leaves") or 0) > 1 and metrics["leaves_used"] is not None:
         parts.append(f"leaves {metrics['leaves_used']}/{metrics['num_leaves']}")
     if metrics.get("diverged"):
         parts.append("DIVERGED")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ class FeedForward(RoutedLayer):
         glu: bool = False,
         bias: bool = True,
         drop: float = 0.0,
-        backend: str = "auto",
+        backend: Literal["auto", "reference", "dense"] = "auto",
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features

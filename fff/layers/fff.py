@@ -26,7 +26,7 @@ from fff.layers.init import uniform_fan_in_
 from fff.ops import balance
 from fff.ops.activation import Activation, resolve_activation
 from fff.ops.context import exporting, without_autocast
-from fff.ops.expert_mlp import BACKENDS, HARD_BACKENDS, choose_backend, expert_mlp
+from fff.ops.expert_mlp import BACKENDS, HARD_BACKENDS, Backend, choose_backend, expert_mlp
 from fff.ops.tree_route import (
     DENSE_LEVELS,
     Nodes,
@@ -117,7 +117,7 @@ class FFF(RoutedLayer):
         node_balance_weight: float = 0.0,
         bias_update_rate: float = 0.0,
         soft_eval: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features

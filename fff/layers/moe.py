@@ -19,7 +19,7 @@ from fff.layers.init import uniform_fan_in_
 from fff.ops import balance, top_k_route
 from fff.ops.activation import Activation, resolve_activation
 from fff.ops.context import exporting, without_autocast
-from fff.ops.expert_mlp import HARD_BACKENDS, choose_backend, expert_mlp
+from fff.ops.expert_mlp import HARD_BACKENDS, Backend, choose_backend, expert_mlp
 from fff.ops.top_k_route import TopKRoute
 
 Router = Literal["noisy_top_k", "switch", "mixtral", "soft", "sigmoid", "expert_choice"]
@@ -67,7 +67,7 @@ class MoE(RoutedLayer):
         glu: bool = False,
         bias: bool = True,
         drop: float = 0.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features

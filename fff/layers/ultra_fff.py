@@ -9,6 +9,8 @@ A neuron's logit both scales its output row and, by its sign, decides where the 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,7 +47,7 @@ class UltraFFF(RoutedLayer):
         num_trees: int = 1,
         act_layer: Activation = "gelu",
         bias: bool = True,
-        backend: str = "auto",
+        backend: Literal["auto", "dense", "gather"] = "auto",
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features

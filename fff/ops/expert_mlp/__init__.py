@@ -18,7 +18,7 @@ Backends compute the same function and the same gradients; they differ in cost:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from fff.ops.expert_mlp.reference import reference
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+Backend = Literal["auto", "reference", "dense", "grouped", "gather"]
 BACKENDS = {"reference": reference, "dense": dense, "grouped": grouped, "gather": gather}
 # These compute chosen experts only and have nothing to say where every expert is asked for.
 HARD_BACKENDS = ("grouped", "gather")
