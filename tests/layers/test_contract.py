@@ -2,15 +2,16 @@
 
 import copy
 import io
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 
 import fff
-from experiments.config import register
+from experiments import sweep
+from experiments.config import build, config_path
 from fff.layers.contract import RoutedLayer
 
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "layer").glob("*.yaml"))
@@ -28,12 +29,16 @@ VARIANTS = [
 @pytest.fixture(params=VARIANTS, ids=lambda v: "-".join([v[0], *(f"{k}={x}" for k, x in v[1].items())]))
 def make(request):
     """make(in_features, out_features) builds one layer as a model would."""
-    register()
     name, options = request.param
-    file = next(path for path in CONFIGS if path.stem == name)
-    helpers = OmegaConf.create({"width": 32, "leaf_width": 4})
-    node = OmegaConf.merge(helpers, {"layer": OmegaConf.merge(OmegaConf.load(file), options)}).layer
-    return lambda d=6, o=5: instantiate(node)(d, out_features=o)
+    node = layer_config(name, *(f"++layer.{key}={value}" for key, value in options.items()))
+    return lambda d=6, o=5: build(node)(d, out_features=o)
+
+
+@cache
+def layer_config(name, *overrides):
+    sweep.register()
+    with initialize_config_dir(config_path(), version_base="1.3"):
+        return compose("config", [f"layer={name}", "width=32", "leaf_width=4", *overrides]).layer
 
 
 @pytest.mark.parametrize("training", [True, False])
