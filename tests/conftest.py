@@ -13,3 +13,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def hydra_configs():
+    """Hydra's compose() reads conf/ as the commands do. One fixture for all tests, as Hydra has one global state."""
+    from hydra import initialize_config_dir
+
+    from experiments.config import config_path
+    from experiments.sweep import register
+
+    register()
+    with initialize_config_dir(config_path(), version_base="1.3"):
+        yield

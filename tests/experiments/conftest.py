@@ -3,24 +3,16 @@
 from typing import NamedTuple
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext
 
-from experiments.config import config_path
-from experiments.sweep import Job, RunSweeper, register
-
-
-@pytest.fixture(scope="session")
-def _hydra():
-    register()
-    with initialize_config_dir(config_path(), version_base="1.3"):
-        yield
+from experiments.sweep import Job, RunSweeper
 
 
 @pytest.fixture
-def make_config(_hydra, tmp_path):
+def make_config(hydra_configs, tmp_path):
     """make_config("layer=fff", "seed=1"): the configuration of a run below the test's folder."""
     return lambda *overrides: compose("config", [f"runs_dir={tmp_path}", *overrides])
 
@@ -32,7 +24,7 @@ class Plan(NamedTuple):
 
 
 @pytest.fixture
-def plan(_hydra, tmp_path):
+def plan(hydra_configs, tmp_path):
     """plan("experiment=demo"): what `python -m experiments.train -m experiment=demo` would run, and has run."""
 
     def plan(*arguments):

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 import fff
-from experiments import sweep
-from experiments.config import build, config_path
+from experiments.config import build
 from fff.layers.contract import RoutedLayer
 
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "layer").glob("*.yaml"))
@@ -27,7 +26,7 @@ VARIANTS = [
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: "-".join([v[0], *(f"{k}={x}" for k, x in v[1].items())]))
-def make(request):
+def make(request, hydra_configs):
     """make(in_features, out_features) builds one layer as a model would."""
     name, options = request.param
     node = layer_config(name, *(f"++layer.{key}={value}" for key, value in options.items()))
@@ -36,9 +35,7 @@ def make(request):
 
 @cache
 def layer_config(name, *overrides):
-    sweep.register()
-    with initialize_config_dir(config_path(), version_base="1.3"):
-        return compose("config", [f"layer={name}", "width=32", "leaf_width=4", *overrides]).layer
+    return compose("config", [f"layer={name}", "width=32", "leaf_width=4", *overrides]).layer
 
 
 @pytest.mark.parametrize("training", [True, False])
