@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.utils import instantiate
 
 from fff.data import InMemoryData, sources
 
 CONF = Path(__file__).parents[2] / "conf"
+pytestmark = pytest.mark.usefixtures("hydra_configs")
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
 
 
 def build(name, *overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return instantiate(compose(f"data/{name}", overrides=["+seed=3", *overrides]).data)
+    return instantiate(compose(f"data/{name}", overrides=["+seed=3", *overrides]).data)
 
 
 @pytest.mark.parametrize("name", NAMES)
