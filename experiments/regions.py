@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fff import FFF, aux_loss
+from fff.layers.contract import node_tracing
 from fff.report.records import write
 
 from .provenance import git_commit, hardware, versions
@@ -64,7 +65,8 @@ def grid_points(x: Tensor, y: Tensor) -> Tensor:
 @torch.no_grad()
 def route(layer: FFF, x: Tensor) -> tuple[Tensor, Tensor]:
     """Leaf of the hard route and predicted class of each row; leaves the layer with the record of these rows."""
-    label = layer(x).argmax(-1)
+    with node_tracing(layer):
+        label = layer(x).argmax(-1)
     return layer.record.index[:, 0], label
 
 

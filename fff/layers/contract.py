@@ -7,35 +7,43 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fff.ops.tree_route import path_to
+
 
 class TreeTrace(NamedTuple):
     """Node logits, divided by the temperature, of one forward pass over P trees of depth d, detached.
 
-    top: (T, P, M) all nodes of the first levels, M = 2^levels - 1.
-    node, logit: (T, P, V) heap index and logit of the deeper nodes that single rows visited; None where there are none,
-        and in evaluation of a single leaf with weight 1, which has no use for path probabilities.
+    index: (T, P K) chosen leaves, as in the record: counted over all trees.
+    top: (T, P, M) logits of all nodes of the first levels, M = 2^levels - 1; None where nodes were evaluated on the way
+        to the leaves alone, as in native evaluation (but see `node_tracing`).
+    visited: (T, P, K, V) logits of the last V decisions on the way to each leaf; None where there are none, and in
+        PyTorch's evaluation of a single leaf with weight 1, which has no use for path probabilities.
     """
 
-    top: Tensor
     depth: int
-    node: Tensor | None = None
-    logit: Tensor | None = None
+    index: Tensor
+    top: Tensor | None = None
+    visited: Tensor | None = None
 
     def node_entropy(self) -> Tensor:
         """Mean Bernoulli entropy of each node in nats, (P * (2^d - 1),), over the rows for which it was evaluated:
-        all rows for the nodes in `top`, the visiting rows for deeper ones, nan for a node that none visited."""
-        num_trees, known = self.top.shape[1:]
-        total = torch.full((num_trees, 2**self.depth - 1), torch.nan, dtype=torch.float32, device=self.top.device)
-        total[:, :known] = _entropy(self.top).mean(0)
-        if self.node is not None:
-            node = self.node.transpose(0, 1).flatten(1)
-            entropy = _entropy(self.logit).transpose(0, 1).flatten(1)
+        all rows for the nodes in `top`, the visiting rows for the others, nan for a node that none visited."""
+        known = 0 if self.top is None else self.top.shape[2]
+        num_trees = (self.visited if self.top is None else self.top).shape[1]
+        total = torch.full((num_trees, 2**self.depth - 1), torch.nan, dtype=torch.float32, device=self.index.device)
+        if self.top is not None:
+            total[:, :known] = _entropy(self.top).mean(0)
+        if self.visited is not None:
+            leaf = (self.index % 2**self.depth).view(self.visited.shape[:3])
+            node = path_to(leaf, self.depth).node[..., self.depth - self.visited.shape[3] :]
+            node = node.transpose(0, 1).flatten(1)
+            entropy = _entropy(self.visited).transpose(0, 1).flatten(1)
             zeros = torch.zeros_like(total)
             mean = zeros.scatter_add(1, node, entropy) / zeros.scatter_add(1, node, torch.ones_like(entropy))
             total[:, known:] = mean[:, known:]
@@ -120,6 +128,7 @@ class RoutedLayer(nn.Module, ABC):
     record: Record | None
     in_features: int
     out_features: int
+    trace_nodes: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,13 +148,14 @@ class RoutedLayer(nn.Module, ABC):
 
     def rows(self, x: Tensor) -> Tensor:
         """Check x and flatten it to (T, in_features)."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+        dim = x.dim()
+        if dim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but {type(self).__name__} was built with in_features={self.in_features}"
             )
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}, but {type(self).__name__} needs a floating-point input")
-        return x.reshape(-1, self.in_features)
+        return x if dim == 2 else x.reshape(-1, self.in_features)
 
 
 def routing(model: nn.Module) -> Iterator[tuple[str, Record]]:
@@ -179,18 +189,28 @@ def update_biases(model: nn.Module) -> None:
             module.update_bias()
 
 
-@contextmanager
-def soft_evaluation(model: nn.Module) -> Iterator[None]:
+def soft_evaluation(model: nn.Module) -> AbstractContextManager[None]:
     """Inside this context the trees of `model` evaluate their soft mixture instead of the hard route.
 
     Layers without a soft route are left as they are.
     """
-    layers = [m for m in model.modules() if isinstance(m, RoutedLayer) and hasattr(m, "soft_eval")]
-    before = [layer.soft_eval for layer in layers]
+    return _switched_on(model, "soft_eval")
+
+
+def node_tracing(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside this context the trees of `model` evaluate the nodes of their first levels for every row, even in hard
+    evaluation, where a native route sees only those on its way: node entropies are then means over all rows."""
+    return _switched_on(model, "trace_nodes")
+
+
+@contextmanager
+def _switched_on(model: nn.Module, name: str) -> Iterator[None]:
+    layers = [m for m in model.modules() if isinstance(m, RoutedLayer) and hasattr(m, name)]
+    before = [getattr(layer, name) for layer in layers]
     try:
         for layer in layers:
-            layer.soft_eval = True
+            setattr(layer, name, True)
         yield
     finally:
         for layer, value in zip(layers, before, strict=True):
-            layer.soft_eval = value
+            setattr(layer, name, value)

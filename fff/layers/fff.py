@@ -7,7 +7,6 @@ each tree.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -24,9 +23,9 @@ from fff.layers.check import (
 from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
 from fff.layers.init import uniform_fan_in_
 from fff.ops import balance
-from fff.ops.activation import Activation, resolve_activation
+from fff.ops.activation import Activation, activation_name, resolve_activation
 from fff.ops.context import exporting, without_autocast
-from fff.ops.expert_mlp import BACKENDS, HARD_BACKENDS, Backend, choose_backend, expert_mlp
+from fff.ops.expert_mlp import BACKENDS, HARD_BACKENDS, Backend, choose_backend, cpu, expert_mlp
 from fff.ops.tree_route import (
     DENSE_LEVELS,
     Nodes,
@@ -43,9 +42,9 @@ from fff.ops.tree_route import (
 
 
 class _Routing(NamedTuple):
-    """leaf: (T, P, K) within each tree.  gate: (T, P K), or (T, E) when soft; None: all 1."""
+    """index: (T, P K) leaves, counted over all trees.  gate: (T, P K), or (T, E) when soft; None: all 1."""
 
-    leaf: Tensor
+    index: Tensor
     gate: Tensor | None
     losses: dict[str, Tensor]
     trace: TreeTrace
@@ -264,22 +263,51 @@ class FFF(RoutedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.rows(x)
+        y, record = self._native(rows) or self._pytorch(rows)
+        if self.master_width:
+            master = self.master_w_in, self.master_b_in, self.master_w_out, self.master_b_out
+            share = torch.sigmoid(self.master_mix).to(y.dtype)
+            y = share * y + (1 - share) * self._compute(rows, None, None, *master, backend="auto")
+        if not exporting():
+            # nn.Module's own assignment takes a microsecond longer.
+            object.__setattr__(self, "record", record)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _native(self, rows: Tensor) -> tuple[Tensor, Record] | None:
+        """Descent and leaf in one native call, where that is all there is to do and the operator can take it."""
+        hard = not (self.training or self.soft_eval or self.trace_nodes)
+        one_leaf = self.beam_width == self.node_width == 1 and self.mode != "gated"
+        if not (hard and one_leaf and self.backend in ("auto", "native")):
+            return None
+        nodes, leaves = self._tensors("node_weight", "node_bias"), self._tensors("w_in", "b_in", "w_out", "b_out")
+        act = activation_name(self.act)
+        if exporting() or cpu.refusal(act, rows, None, *nodes, *leaves) is not None:
+            return None  # the other way says what is wrong, if "native" was asked for
+        nodes = (*nodes, self.decision_bias)
+        y, index, logit = cpu.tree_mlp(rows, *nodes, self.num_trees, self.depth, *leaves, act, self.glu)
+        trace = TreeTrace(self.depth, index, visited=logit if self.temperature == 1 else logit / self.temperature)
+        return y, Record(logit.new_zeros(()), {}, index, self.num_leaves, "native", trace)
+
+    def _tensors(self, *names: str) -> list[Tensor | None]:
+        """Parameters by name. At one row, a sixth of a call would be nn.Module's attribute lookup."""
+        own = self._parameters
+        return [own[name] if name in own else getattr(self, name) for name in names]  # parametrised ones are elsewhere
+
+    def _pytorch(self, rows: Tensor) -> tuple[Tensor, Record]:
         soft = self.mode == "soft" if self.training else self.soft_eval
         with without_autocast(rows):
             routing = self._route(rows.to(self.node_weight.dtype), soft)
         # A backend for chosen leaves cannot run the soft mixture; that one is "dense" then.
         wanted = "auto" if soft and self.backend in HARD_BACKENDS else self.backend
-        index = None if soft else self._expert_index(routing.leaf)
-        backend = choose_backend(wanted, rows, index, self.w_out)
-        compute = partial(expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0)
-        y = compute(rows, index, routing.gate, self.w_in, self.b_in, self.w_out, self.b_out, backend=backend)
-        if self.master_width:
-            master = compute(rows, None, None, self.master_w_in, self.master_b_in, self.master_w_out, self.master_b_out)
-            share = torch.sigmoid(self.master_mix).to(y.dtype)
-            y = share * y + (1 - share) * master
-        if not exporting():
-            self.record = self._record(routing, backend)
-        return y.view(*x.shape[:-1], self.out_features)
+        index = None if soft else routing.index
+        call = rows, index, routing.gate, self.w_in, self.b_in, self.w_out, self.b_out
+        drop = self.drop if self.training else 0.0
+        backend = choose_backend(wanted, *call, activation=self.act, dropout=drop)
+        return self._compute(*call, backend=backend), self._record(routing, backend)
+
+    def _compute(self, *call: Tensor | None, backend: str) -> Tensor:
+        drop = self.drop if self.training else 0.0
+        return expert_mlp(*call, activation=self.act, glu=self.glu, dropout=drop, backend=backend)
 
     def _route(self, x: Tensor, soft: bool) -> _Routing:
         """What the tree decides for the rows x, and the losses of these decisions."""
@@ -294,16 +322,17 @@ class FFF(RoutedLayer):
             flip = torch.rand(x.shape[0], self.num_trees, self.depth, device=x.device) < leak
         # When soft, the leak swaps probabilities; the route that is counted stays that of the logits.
         leaf = self._leaves(x, nodes, raw, flip)
+        index = self._expert_index(leaf)
         if soft:
             if self.soft_gate == "additive":
                 probability = additive_leaf_probability(top)
             else:
                 probability = leaf_probability(top, region_leak=leak)
             losses = self._soft_losses(top, leaf, probability) if self.training else {}
-            return _Routing(leaf, probability.flatten(1), losses, TreeTrace(top.detach(), self.depth))
+            return _Routing(index, probability.flatten(1), losses, TreeTrace(self.depth, index, top.detach()))
         # Only these need the probability of the path; hard evaluation with one leaf per tree does not.
         if not (self.training or self.mode == "gated" or self.top_k > 1):
-            return _Routing(leaf, None, {}, TreeTrace(top.detach(), self.depth))
+            return _Routing(index, None, {}, TreeTrace(self.depth, index, top.detach()))
         path = path_to(leaf, self.depth)
         visited = path_logits(x, nodes, path.node, raw)
         visited = visited if self.temperature == 1 else visited / self.temperature
@@ -315,7 +344,9 @@ class FFF(RoutedLayer):
             # is exactly 1, as exp(0) is.
             log_p = log_p - log_p.logsumexp(-1, keepdim=True).detach()
         losses = self._hard_losses(top, visited, path, decided) if self.training else {}
-        return _Routing(leaf, log_p.exp().flatten(1), losses, self._trace(top, visited, path))
+        levels = min(self.depth, DENSE_LEVELS)
+        deep = visited.detach()[..., levels:] if self.depth > levels else None
+        return _Routing(index, log_p.exp().flatten(1), losses, TreeTrace(self.depth, index, top.detach(), deep))
 
     def _soft_losses(self, logits: Tensor, leaf: Tensor, probability: Tensor) -> dict[str, Tensor]:
         if self.depth == 0:
@@ -348,19 +379,12 @@ class FFF(RoutedLayer):
     def _mean_over_trees(self, loss: Callable[[int], Tensor]) -> Tensor:
         return torch.stack([loss(p) for p in range(self.num_trees)]).mean()
 
-    def _trace(self, top: Tensor, visited: Tensor, path: Path) -> TreeTrace:
-        levels = min(self.depth, DENSE_LEVELS)
-        if self.depth == levels:
-            return TreeTrace(top.detach(), self.depth)
-        deep = path.node[..., levels:].flatten(2), visited.detach()[..., levels:].flatten(2)
-        return TreeTrace(top.detach(), self.depth, *deep)
-
     def _record(self, routing: _Routing, backend: str) -> Record:
         aux = routing.trace.top.new_zeros(())
         for name, loss in routing.losses.items():
             aux = aux + getattr(self, f"{name}_weight") * loss
         raw = {name: loss.detach() for name, loss in routing.losses.items()}
-        return Record(aux, raw, self._expert_index(routing.leaf), self.num_leaves, backend, routing.trace)
+        return Record(aux, raw, routing.index, self.num_leaves, backend, routing.trace)
 
     @torch.no_grad()
     def update_bias(self) -> None:

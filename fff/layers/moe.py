@@ -160,10 +160,12 @@ class MoE(RoutedLayer):
         route = chosen = self._route(rows)
         if self.training and self.capacity_factor is not None and self.router != "expert_choice":
             route = top_k_route.apply_capacity(chosen, self._capacity(rows, self.capacity_factor))
-        compute = partial(expert_mlp, activation=self.act, glu=self.glu, dropout=self.drop if self.training else 0.0)
+        drop = self.drop if self.training else 0.0
+        compute = partial(expert_mlp, activation=self.act, glu=self.glu, dropout=drop)
         index, gate = None if soft else route.index, route.gate.to(rows.dtype)
-        backend = choose_backend(self.backend, rows, index, self.w_out)
-        y = compute(rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out, backend=backend)
+        call = rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out
+        backend = choose_backend(self.backend, *call, activation=self.act, dropout=drop)
+        y = compute(*call, backend=backend)
         if self.shared_width:
             y = y + compute(rows, None, None, self.shared_w_in, self.shared_b_in, self.shared_w_out, self.shared_b_out)
         if not exporting():

@@ -106,10 +106,9 @@ class UltraFFF(RoutedLayer):
         if not exporting():
             index = (leaf.squeeze(2) + tree.squeeze(2) * 2**self.depth).flatten(1)
             decisions = min(self.depth, levels)
-            trace = TreeTrace(top.detach()[..., : 2**decisions - 1], self.depth)
+            trace = TreeTrace(self.depth, index, top.detach()[..., : 2**decisions - 1])
             if self.depth > levels:
-                deep = slice(levels, self.depth)
-                trace = trace._replace(node=node[..., deep].flatten(2), logit=logit.detach()[..., deep].flatten(2))
+                trace = trace._replace(visited=logit.detach()[..., levels : self.depth])
             self.record = Record(rows.new_zeros(()), {}, index, self.num_trees * 2**self.depth, self.backend, trace)
         return y
 

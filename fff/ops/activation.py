@@ -28,6 +28,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Modules that compute the same, as far as their defaults go.
+_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
+_NAMES = {function: name for name, function in ACTIVATIONS.items()}
+
+
+def activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
+    """The name that a resolved activation has; None if it has none."""
+    if isinstance(act, nn.Module):
+        return "gelu" if type(act) is nn.GELU and act.approximate == "none" else _MODULES.get(type(act))
+    return _NAMES.get(act)
+
+
 def resolve_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
     """The function behind a name, a callable, or an `nn.Module` class (timm's `act_layer=nn.GELU`)."""
     if isinstance(activation, str):

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from fff.layers.contract import RoutedLayer, routing, soft_evaluation
+from fff.layers.contract import RoutedLayer, node_tracing, routing, soft_evaluation
 
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_accuracy", "node_entropy", "leaves_used")
 
@@ -99,7 +99,8 @@ def evaluate(
     try:
         for x, y in batches:
             x, y = x.to(parameter), y.to(parameter.device)
-            logits = model(x)
+            with node_tracing(model):
+                logits = model(x)
             for name, record in routing(model):
                 records.setdefault(name, []).append((len(record.index), record.load, record.node_entropy))
             backend = backend or backends(model)

@@ -88,10 +88,10 @@ class Scripted(RoutedLayer):
             # The root is undecided (ln 2) for all rows; of the nodes below, which rows visit one by one, the left is
             # sure (0) and the right has no row (nan).
             tree=TreeTrace(
-                top=torch.zeros(len(x), 1, 1),
                 depth=2,
-                node=torch.ones(len(x), 1, 1, dtype=torch.int64),
-                logit=torch.full((len(x), 1, 1), -50.0),
+                index=torch.zeros(len(x), 1, dtype=torch.int64),
+                top=torch.zeros(len(x), 1, 1),
+                visited=torch.full((len(x), 1, 1, 1), -50.0),
             ),
         )
         return nn.functional.one_hot(answer, NUM_CLASSES) * 1.0 + self.weight

@@ -11,7 +11,9 @@ Backends compute the same function and the same gradients; they differ in cost:
 | dense     | every expert for every row, two matmuls         | soft mixtures; small layers                       |
 | grouped   | sort, then one matmul per expert that is hit    | hard routes, training and large batches           |
 | gather    | one copy of an expert per choice                | a few rows, export to other runtimes              |
+| native    | as grouped, each expert read once, one C++ call | hard routes on a CPU where no gradient is recorded |
 
+"native" needs `python -m fff.build`, a named activation, and float32 or bfloat16.
 "grouped" reads group sizes on the host: it has no second derivative, and neither `torch.func` transforms nor
 `torch.jit.trace` can take it; ask for "gather" there.
 """
@@ -23,8 +25,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fff.ops.activation import Activation, resolve_activation
+from fff.ops.activation import Activation, activation_name, resolve_activation
 from fff.ops.context import autocast_dtype, exporting, without_autocast
+from fff.ops.expert_mlp import cpu
 from fff.ops.expert_mlp.dense import dense
 from fff.ops.expert_mlp.gather import gather
 from fff.ops.expert_mlp.grouped import grouped
@@ -33,10 +36,10 @@ from fff.ops.expert_mlp.reference import reference
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-Backend = Literal["auto", "reference", "dense", "grouped", "gather"]
-BACKENDS = {"reference": reference, "dense": dense, "grouped": grouped, "gather": gather}
+Backend = Literal["auto", "reference", "dense", "grouped", "gather", "native"]
+BACKENDS = {"reference": reference, "dense": dense, "grouped": grouped, "gather": gather, "native": cpu.native}
 # These compute chosen experts only and have nothing to say where every expert is asked for.
-HARD_BACKENDS = ("grouped", "gather")
+HARD_BACKENDS = ("grouped", "gather", "native")
 
 # Up to this many choices a batch copies its experts' weights faster than it sorts its rows.
 GATHER_CHOICES = 4
@@ -57,9 +60,12 @@ class Problem(NamedTuple):
     choices: int | None
 
 
-def resolve_backend(backend: str, problem: Problem, *, exporting: bool = False, compiling: bool = False) -> str:
+def resolve_backend(
+    backend: str, problem: Problem, *, native: bool = False, exporting: bool = False, compiling: bool = False
+) -> str:
     """The concrete backend that "auto" stands for; any other known name is returned as it is.
 
+    native: whether the native operator can take the call.
     exporting, compiling: the number of rows must not decide, it would be frozen into the graph.
     """
     if backend not in ("auto", *BACKENDS):
@@ -73,6 +79,8 @@ def resolve_backend(backend: str, problem: Problem, *, exporting: bool = False, 
         return backend
     if exporting:
         return "gather"
+    if native:
+        return "native"
     if compiling:
         return "grouped"
     if rows * choices <= GATHER_CHOICES:
@@ -82,15 +90,30 @@ def resolve_backend(backend: str, problem: Problem, *, exporting: bool = False, 
     return "dense" if 2 * moved * num_experts * expert_width <= overhead else "grouped"
 
 
-def choose_backend(backend: str, x: Tensor, index: Tensor | None, w_out: Tensor) -> str:
-    """`resolve_backend` for given tensors."""
+def choose_backend(
+    backend: str,
+    x: Tensor,
+    index: Tensor | None,
+    gate: Tensor | None,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    activation: Activation = "relu",
+    dropout: float = 0.0,
+) -> str:
+    """`resolve_backend` for a call of `expert_mlp`; ValueError where "native" is asked for and cannot take it."""
+    export = exporting()
+    native = False
+    if index is not None and (backend == "native" or backend == "auto" and not export):
+        name = activation_name(resolve_activation(activation))
+        reason = cpu.refusal(name, x, gate, w_in, b_in, w_out, b_out, dropout=dropout)
+        if reason is not None and backend == "native":
+            raise ValueError(f"backend='native' cannot take this call: {reason}")
+        native = reason is None
     problem = Problem(*x.shape, *w_out.shape, None if index is None else index.shape[1])
-    return resolve_backend(
-        backend,
-        problem,
-        exporting=exporting(),
-        compiling=torch.compiler.is_compiling(),
-    )
+    return resolve_backend(backend, problem, native=native, exporting=export, compiling=torch.compiler.is_compiling())
 
 
 def expert_mlp(
@@ -114,10 +137,11 @@ def expert_mlp(
     glu: gated experts. w_in then has H = 2 L rows, the first L pass through the activation and multiply the last L
         (Shazeer 2020, arXiv 2002.05202, equation 5); otherwise H = L.
     dropout: probability with which a hidden unit is zeroed after the activation; pass 0 outside training.
-    Under autocast everything is computed in, and returned in, the autocast type.
+    Under autocast everything is computed in, and returned in, the autocast type; "native" computes in that of the
+    weights, and sums in float32.
     """
     act = resolve_activation(activation)
-    name = choose_backend(backend, x, index, w_out)
+    name = choose_backend(backend, x, index, gate, w_in, b_in, w_out, b_out, activation=activation, dropout=dropout)
     hidden_rows = w_out.shape[1] * (2 if glu else 1)
     if w_in.shape[1] != hidden_rows:
         raise ValueError(f"w_in has {w_in.shape[1]} rows per expert, but w_out and glu={glu} need {hidden_rows}")
@@ -125,6 +149,8 @@ def expert_mlp(
         raise ValueError(f"x has shape {tuple(x.shape)}, but w_in {tuple(w_in.shape)} needs (T, {w_in.shape[2]})")
     if gate is not None and gate.shape != (x.shape[0], w_in.shape[0] if index is None else index.shape[1]):
         raise ValueError(f"gate has shape {tuple(gate.shape)}, which does not weigh the choices of {x.shape[0]} rows")
+    if name == "native":
+        return cpu.native(x, index, gate, w_in, b_in, w_out, b_out, act, glu, dropout)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, gate, w_in, b_in, w_out, b_out = (

@@ -1,0 +1,143 @@
+"""Native operators for hard routes on a CPU: `python -m fff.build` compiles cpu.cpp once, this module finds the result.
+
+T rows, D input width, O output width, E experts, L expert width, K chosen experts, P trees, d depth, N = 2^d - 1 nodes.
+
+Nothing here needs a compiler: without a compiled library `available()` is False and "auto" takes a PyTorch backend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fff.ops.activation import activation_name
+
+_DTYPES = (torch.float32, torch.bfloat16)
+SOURCE = Path(__file__).with_name("cpu.cpp")
+# By what torch finds in the processor, so that one cache serves different machines.
+_FLAGS = {
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def compiler_flags() -> list[str]:
+    """Options of the C++ compiler for this processor; `torch.utils.cpp_extension` adds the standard and the headers."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    arch = [*_FLAGS[capability], f"-DCPU_CAPABILITY_{capability}"] if capability in _FLAGS else []
+    name = capability if arch else "DEFAULT"
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    return ["-O3", "-ffp-contract=fast", f"-DCPU_CAPABILITY={name}", *arch, *openmp]
+
+
+def library_path() -> Path:
+    """Where the compiled library lies: `$XDG_CACHE_HOME/fff`, else `~/.cache/fff`, one file for each version of source,
+    torch and processor."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fff")
+    key = hashlib.sha256(SOURCE.read_bytes())
+    key.update(repr((torch.__version__, os.uname().machine, compiler_flags())).encode())
+    return root / f"native-{key.hexdigest()[:16]}.so"
+
+
+def _load() -> bool:
+    try:
+        path = library_path()
+        if not path.exists():
+            return False
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError, AttributeError) as error:
+        warnings.warn(f"the native operators cannot be loaded, PyTorch backends serve instead: {error}", stacklevel=2)
+        return False
+    return True
+
+
+_available = _load()
+
+
+def available() -> bool:
+    """Whether the native operators are loaded."""
+    return _available
+
+
+if _available:
+
+    @torch.library.register_fake("fff::native_expert_mlp")
+    def _(x, index, gate, w_in, b_in, w_out, b_out, activation, glu):
+        return x.new_empty(x.shape[0], w_out.shape[2])
+
+    @torch.library.register_fake("fff::native_tree_mlp")
+    def _(x, node_weight, node_bias, decision_bias, num_trees, depth, w_in, b_in, w_out, b_out, activation, glu):
+        return (
+            x.new_empty(x.shape[0], w_out.shape[2]),
+            x.new_empty(x.shape[0], num_trees, dtype=torch.int64),
+            x.new_empty(x.shape[0], num_trees, 1, depth, dtype=torch.float32),
+        )
+
+
+def refusal(
+    activation: str | None, x: Tensor, gate: Tensor | None, *weights: Tensor | None, dropout: float = 0.0
+) -> str | None:
+    """Why the native operators cannot take a call; None if they can.
+
+    activation: `activation_name` of it.  weights: of one type and device; the first one speaks for all.
+    """
+    if not _available:
+        return "it is not built; run: python -m fff.build"
+    if dropout:
+        return f"it has no dropout, which is {dropout!r}"
+    if activation is None:
+        return "it knows activations by name alone"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, *weights)):
+        return "it records no gradient; use torch.no_grad()"
+    if not (x.is_cpu and weights[0].dtype in _DTYPES):
+        return f"it takes float32 and bfloat16 on the CPU, not {weights[0].dtype} on {x.device}"
+    return None
+
+
+def native(
+    x: Tensor,
+    index: Tensor | None,
+    gate: Tensor | None,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    glu: bool,
+    dropout: float,
+) -> Tensor:
+    assert index is not None and not dropout, "native needs chosen experts and no dropout"
+    return torch.ops.fff.native_expert_mlp.default(x, index, gate, w_in, b_in, w_out, b_out, activation_name(act), glu)
+
+
+def tree_mlp(
+    x: Tensor,
+    node_weight: Tensor,
+    node_bias: Tensor | None,
+    decision_bias: Tensor | None,
+    num_trees: int,
+    depth: int,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    glu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy descent (`fff.ops.tree_route.greedy_leaf`) and the leaf it ends in, each with weight 1, in one call.
+
+    node_weight (P N, D), node_bias and decision_bias (P N,): heap order, tree by tree. The experts are the leaves, tree
+    by tree, E = P 2^d.
+    Returns y (T, O), the leaf of each row in each tree (T, P), counted over all trees, and the logits on the way to it,
+    (T, P, 1, d) float32, without the decision bias.
+    """
+    return torch.ops.fff.native_tree_mlp.default(
+        x, node_weight, node_bias, decision_bias, num_trees, depth, w_in, b_in, w_out, b_out, activation, glu
+    )
