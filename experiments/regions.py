@@ -20,8 +20,7 @@ from sklearn.datasets import make_moons
 from torch import Tensor
 from torch.nn import functional as F
 
-from fff import FFF, aux_loss
-from fff.layers.contract import node_tracing
+from fff import FFF, aux_loss, node_tracing
 from fff.report.records import write
 
 from .provenance import git_commit, hardware, versions

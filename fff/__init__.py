@@ -13,6 +13,7 @@ _HOME = {
     "Record": "fff.layers.contract",
     "RoutedLayer": "fff.layers.contract",
     "aux_loss": "fff.layers.contract",
+    "node_tracing": "fff.layers.contract",
     "routing": "fff.layers.contract",
     "soft_evaluation": "fff.layers.contract",
     "update_biases": "fff.layers.contract",
