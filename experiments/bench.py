@@ -1,12 +1,13 @@
-"""Benchmarks: `python -m experiments.bench suite=training`, a record in results/bench/ and a table on the screen."""
+"""Benchmarks: `python -m experiments.bench suite=training`, rows in results/bench/ and a table on the screen."""
 
 from __future__ import annotations
 
-import json
+import csv
 import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from . import provenance
 from .check import ConfigError, check
 from .config import build, config_path, one_line_errors
 
-SCHEMA = 1
+# Of a case, what its rows say of its sizes; of a row and of a ratio, the order of the columns.
+_SIZES = ("in_features", "out_features", "leaf_width", "hidden_features", "depth", "batch")
+_ROW = (
+    *("suite", "case", "candidate", "backend", "dtype", "threads", *_SIZES, "agrees", "max_error"),
+    *("rounds", "median_s", "low_s", "high_s", "floor_s", "floor_kind", "floor_share"),
+    *("least_flops", "least_bytes", "matmul_rate", "bandwidth", "flops", "peak_bytes"),
+    *("cpu", "gpu", "cores", "python", "torch", "fastfeedforward", "git_commit", "seed"),
+)
+_RATIO = ("suite", "case", "quantity", "of", "over", "median", "low", "high", "at_least", "at_most", "met", *_ROW[-8:])
 
 
 @dataclass
@@ -33,46 +42,89 @@ class Bench:
     threads: int
     rounds: int
     min_sample_s: float
+    max_candidate_s: float
     out: str
 
 
+def expand(cases: dict[str, dict]) -> dict[str, dict]:
+    """Cases without `grid`: one with a grid becomes one per point, the axes being arguments of its builder; a target
+    with `when` stays at the points that it names."""
+    found = {}
+    for name, case in cases.items():
+        if unknown := set(case) - {"build", "grid", "targets"}:
+            raise ConfigError(f"suite.cases.{name}: unknown key {min(unknown)!r}; known: build, grid, targets")
+        axes = case.get("grid") or {}
+        if missing := set(axes) - set(case["build"]):
+            raise ConfigError(f"suite.cases.{name}.grid: {min(missing)!r} is no argument of the case's build")
+        for values in product(*axes.values()):
+            point = dict(zip(axes, values, strict=True))
+            targets = []
+            for target in case.get("targets") or ():
+                when = target.get("when") or {}
+                if strange := set(when) - set(axes):
+                    raise ConfigError(f"suite.cases.{name}.targets: {min(strange)!r} in `when` is no axis of its grid")
+                if all(point[axis] == value for axis, value in when.items()):
+                    targets.append({key: value for key, value in target.items() if key != "when"})
+            label = "_".join([name, *(f"{axis}{value}" for axis, value in point.items())])
+            found[label] = {"build": case["build"] | point, "targets": targets}
+    return found
+
+
 def run(cfg: DictConfig) -> bool:
-    """Run the suite, write its record, print its tables; False if a competitor was refused for its outputs."""
+    """Run the suite, write its rows case by case, print its tables; False if the outputs of a competitor differ."""
     # Read when torch is imported: keeps the profiler's start and stop messages off the screen.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     commit = provenance.git_commit()
-    from fff.bench.suite import agrees, markdown, run_suite
+    name = cfg.suite.name
+    points = expand(OmegaConf.to_container(cfg.suite, resolve=True)["cases"])
+    from fff.bench.suite import agrees, markdown, run_suite, table_rows
 
-    suite = OmegaConf.to_container(cfg.suite, resolve=True)
-    cases = run_suite(
-        {name: build(case["build"]) for name, case in suite["cases"].items()},
-        {name: case.get("targets", ()) for name, case in suite["cases"].items()},
+    measured = run_suite(
+        {case: build(point["build"]) for case, point in points.items()},
+        {case: point["targets"] for case, point in points.items()},
         threads=cfg.threads,
         seed=cfg.seed,
         rounds=cfg.rounds,
         min_sample_s=cfg.min_sample_s,
+        max_candidate_s=cfg.max_candidate_s,
     )
-    record = {
-        "schema": SCHEMA,
-        "suite": suite["name"],
-        "config": {key: cfg[key] for key in ("seed", "threads", "rounds", "min_sample_s")} | {"cases": suite["cases"]},
-        "hardware": provenance.hardware(),
-        "versions": provenance.versions() | {"fastfeedforward": _version("fastfeedforward")},
-        "git_commit": commit,
-        "cases": cases,
-    }
-    path = Path(cfg.out) / f"{suite['name']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    machine = record["hardware"]
-    print(f"{machine['cpu']}, {cfg.threads} thread(s), torch {record['versions']['torch']}; record: {path}\n")
+    hardware, versions = provenance.hardware(), provenance.versions()
+    source = {key: hardware[key] for key in ("cpu", "gpu", "cores")}
+    source |= {key: versions[key] for key in ("python", "torch")} | {"fastfeedforward": _version("fastfeedforward")}
+    source |= {"git_commit": commit, "seed": cfg.seed}
+    sizes = {case: {key: point["build"].get(key) for key in _SIZES} for case, point in points.items()}
+    out, cases = Path(cfg.out), {}
+    out.mkdir(parents=True, exist_ok=True)
+    for case, found in measured:
+        cases[case] = found
+        print(f"{len(cases)} of {len(points)}: {case}", file=sys.stderr)
+        # Written whole after every case: what was measured stays if the next one is killed.
+        rows, ratios = table_rows(name, cases, sizes)
+        _write(out / f"{name}.csv", _ROW, rows, source)
+        _write(out / f"{name}.ratios.csv", _RATIO, ratios, source)
+    print(f"{hardware['cpu']}, {cfg.threads} thread(s), torch {versions['torch']}; rows: {out / name}.csv\n")
     print(markdown(cases))
     return agrees(cases)
 
 
+def _write(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]], source: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _plain(value) for key, value in (row | source).items()} for row in rows)
+    part.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def job(cfg: DictConfig) -> None:
     try:
-        check(OmegaConf.to_container(cfg, resolve=True), Bench)
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        check(plain, Bench)
+        expand(plain["suite"]["cases"])
     except ConfigError as error:
         # Hydra would put a line of its own before an error that leaves here.
         print(f"error: {error}", file=sys.stderr)

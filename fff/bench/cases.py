@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fff.bench.floor import Work
 from fff.bench.upstream import in_our_layout, missing_bias, upstream_copy
 from fff.layers.contract import aux_loss
 from fff.layers.fff import FFF
@@ -32,6 +33,10 @@ class Candidate(NamedTuple):
     outputs, expected: results of the same module, and what they must be, computed by the plainest code there is; None
         for a competitor that computes another function by design, as a dense layer does.
     steps: that one call makes; time and operations are told per step.
+    work: what a call cannot avoid; None where nobody has counted it.
+    threads: that torch uses for it; None: those of the suite.
+    dtype: of rows and weights.
+    counted: whether memory and operations are counted, which takes calls of their own.
     """
 
     module: nn.Module
@@ -39,6 +44,10 @@ class Candidate(NamedTuple):
     outputs: Callable[[], dict[str, Tensor]] | None = None
     expected: Callable[[], dict[str, Tensor]] | None = None
     steps: int = 1
+    work: Work | None = None
+    threads: int | None = None
+    dtype: torch.dtype = torch.float32
+    counted: bool = True
 
 
 def soft_training(

@@ -26,13 +26,20 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
-    """Spread of the ratios of samples taken in the same round, in which a slow phase of the machine cancels."""
-    return spread([n / d for n, d in zip(numerator, denominator, strict=True)])
+    """Spread of the ratios of samples taken in the same round, in which a slow phase of the machine cancels.
+
+    Of rounds that both have: a slow competitor has fewer.
+    """
+    return spread([n / d for n, d in zip(numerator, denominator, strict=False)])
 
 
 def difference(minuend: Sequence[float], subtrahend: Sequence[float], scale: float = 1.0) -> Spread:
     """Spread of `scale` times the differences of samples taken in the same round."""
-    return spread([scale * (m - s) for m, s in zip(minuend, subtrahend, strict=True)])
+    return spread([scale * (m - s) for m, s in zip(minuend, subtrahend, strict=False)])
+
+
+def _nothing() -> None:
+    pass
 
 
 def time_interleaved(
@@ -40,21 +47,30 @@ def time_interleaved(
     *,
     rounds: int = 15,
     min_sample_s: float = 0.05,
+    max_candidate_s: float = math.inf,
+    before: Mapping[str, Callable[[], object]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call of each competitor, one sample per round.
 
     Every round measures every competitor once, starting with another one each time, so that none always runs behind the
-    same neighbour's caches. A sample lasts at least `min_sample_s`: short calls are repeated within it.
+    same neighbour's caches. A sample lasts at least `min_sample_s`: short calls are repeated within it. A competitor
+    whose samples would last longer than `max_candidate_s` drops out after so many rounds, but not before the third.
+
+    before: called ahead of every sample of a competitor, outside the time that is taken.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be >= 1")
-    repeats = {}
+    before = before or {}
+    repeats, turns = {}, {}
     for name, call in calls.items():
+        before.get(name, _nothing)()
         call()  # allocations and lazy initialisation
         start = clock()
         call()
-        repeats[name] = max(1, math.ceil(min_sample_s / max(clock() - start, 1e-9)))
+        once = max(clock() - start, 1e-9)
+        repeats[name] = max(1, math.ceil(min_sample_s / once))
+        turns[name] = int(min(rounds, max(3, max_candidate_s / (once * repeats[name]))))
     order = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in order}
     collecting = gc.isenabled()
@@ -64,7 +80,10 @@ def time_interleaved(
         for turn in range(rounds if order else 0):
             shift = turn % len(order)
             for name in order[shift:] + order[:shift]:
+                if turn >= turns[name]:
+                    continue
                 call, count = calls[name], repeats[name]
+                before.get(name, _nothing)()
                 start = clock()
                 for _ in range(count):
                     call()

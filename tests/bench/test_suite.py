@@ -1,6 +1,6 @@
 """No time without equal outputs; and the suites run."""
 
-import json
+import csv
 import re
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fff.bench import suite
+from fff.bench import floor, suite
 from fff.bench.cases import Candidate, hard_inference, hard_training, soft_training
 from fff.bench.suite import agrees, markdown, max_error, run_case
 
@@ -17,6 +17,11 @@ SMALL = dict(in_features=12, out_features=5, leaf_width=3, depth=3, batch=17)
 SHORT = dict(in_features=12, out_features=5, hidden_features=3, batch=17, steps=4)
 CONFIGS = Path(__file__).resolve().parents[2] / "conf" / "bench"
 QUICK = dict(rounds=2, min_sample_s=0.0)
+GRID = (("depth", [1, 3]), ("batch", [2]))
+
+
+def toy_grid(case):
+    return [(axis, toy) for axis, toy in GRID if axis in case.get("grid", {})]
 
 
 def upstream_or_skip():
@@ -31,7 +36,8 @@ def test_cases_agree_with_their_references(make):
     checked = {name for name, row in case["rows"].items() if row["agrees"]}
     assert checked == {name for name in case["rows"] if not name.startswith("dense")}
     for row in case["rows"].values():
-        assert row["median_s"] > 0 and row["peak_bytes"] > 0 and row["flops"] > 0
+        assert row["median_s"] > 0 and row["peak_bytes"] > 0
+        assert row["flops"] > 0 or row["backend"] == "native"  # whose operations torch does not see
     assert agrees({"case": case})
 
 
@@ -126,22 +132,84 @@ def test_command_writes_a_record_of_every_suite(name, tmp_path, capsys, monkeypa
     pytest.importorskip("hydra")
     import yaml
 
-    from experiments.bench import main
+    from experiments.bench import expand, main
 
-    cases = yaml.safe_load((CONFIGS / "suite" / f"{name}.yaml").read_text())["cases"]
+    suite = yaml.safe_load((CONFIGS / "suite" / f"{name}.yaml").read_text())["cases"]
+    grids = [f"suite.cases.{case}.grid.{axis}={toy}" for case in suite for axis, toy in toy_grid(suite[case])]
     sizes = (SHORT if name == "overhead" else SMALL).items()
-    toy = [f"suite.cases.{case}.build.{size}={value}" for case in cases for size, value in sizes]
+    toy = [f"suite.cases.{case}.build.{size}={value}" for case in suite for size, value in sizes]
     quick = [f"out={tmp_path}", "rounds=1", "min_sample_s=0"]
-    monkeypatch.setattr("sys.argv", ["bench", f"suite={name}", *quick, *toy])
+    monkeypatch.setattr(floor, "_best", lambda call, seconds=0: 1e-3)
+    floor.matmul_rate.cache_clear(), floor.read_bandwidth.cache_clear()
+    monkeypatch.setattr("sys.argv", ["bench", f"suite={name}", *quick, *toy, *grids])
     main()
-    record = json.loads(Path(tmp_path / f"{name}.json").read_text())
-    assert record["config"]["threads"] == 1 and record["hardware"]["cpu"] and record["versions"]["torch"]
-    assert set(record["cases"]) == set(cases)
-    # All that stands in a record is explained.
+    floor.matmul_rate.cache_clear(), floor.read_bandwidth.cache_clear()
+    with (tmp_path / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    with (tmp_path / f"{name}.ratios.csv").open() as file:
+        ratios = list(csv.DictReader(file))
+    assert {re.sub(r"(_(depth|batch)\d+)+$", "", row["case"]) for row in rows} == set(suite)
+    assert all(row["torch"] and row["cpu"] and row["seed"] == "0" for row in [*rows, *ratios])
+    assert all(float(row["median_s"]) > 0 and row["agrees"] in ("True", "") for row in rows)
+    # All that stands in the rows is explained.
     schema = (CONFIGS.parents[1] / "results" / "README.md").read_text()
-    found = record["cases"].values()
-    keys = {key for case in found for entry in [*case["rows"].values(), *case["ratios"]] for key in entry}
-    assert [key for key in (keys | set(record)) - {"schema", "cases"} if f"`{key}`" not in schema] == []
-    targets = sum(len(case["targets"]) for case in cases.values())
+    assert [key for key in {**rows[0], **ratios[0]} if f"`{key}`" not in schema] == []
+    small = {case: {**entry, "grid": dict(toy_grid(entry))} for case, entry in suite.items()}
+    assert len(ratios) == sum(len(point["targets"]) for point in expand(small).values())
     printed = capsys.readouterr().out
-    assert len(re.findall("(time|memory): .* / |extra_ms: .* - ", printed)) == targets
+    assert len(re.findall("(time|memory): .* / |extra_ms: .* - ", printed)) == len(ratios)
+
+
+def test_a_grid_becomes_cases_and_targets_stay_where_they_belong():
+    pytest.importorskip("hydra")
+    from experiments.bench import expand
+    from experiments.check import ConfigError
+
+    target = {"quantity": "time", "of": "a", "over": "b", "at_least": 2}
+    case = {"build": {"depth": 0, "batch": 0, "width": 7}, "grid": {"depth": [1, 2], "batch": [3]}}
+    points = expand({"one": case | {"targets": [target | {"when": {"depth": 2}}]}, "plain": {"build": {"depth": 5}}})
+    assert list(points) == ["one_depth1_batch3", "one_depth2_batch3", "plain"]
+    assert points["one_depth2_batch3"] == {"build": {"depth": 2, "batch": 3, "width": 7}, "targets": [target]}
+    assert points["one_depth1_batch3"]["targets"] == [] and points["plain"]["targets"] == []
+    for broken, message in [
+        (case | {"grid": {"dept": [1]}}, "one.grid: 'dept' is no argument"),
+        (case | {"grdi": {}}, "one: unknown key 'grdi'"),
+        (case | {"targets": [target | {"when": {"width": 7}}]}, "'width' in .when. is no axis"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            expand({"one": broken})
+
+
+def test_peers_compute_the_tree_that_they_are_compared_with():
+    from fff.bench.peers import PEERS, tree_inference
+
+    sizes = dict(in_features=12, out_features=5, leaf_width=3, depth=3, batch=17)
+    torch.manual_seed(0)
+    candidates = tree_inference(**sizes, peers=[name for name in PEERS if name != "dense_compiled"])
+    case = run_case(candidates, **QUICK)
+    same = {name for name, row in case["rows"].items() if row["agrees"]}
+    assert same >= {"fff_grouped", "gather_bmm"} and all(not name.startswith(("dense", "moe")) for name in same)
+    assert agrees({"case": case})
+    with torch.no_grad():
+        candidates["gather_bmm"].module.layer.b_out[:] += 1  # the tree of all peers but what was expected of them
+    assert run_case(candidates, **QUICK)["rows"]["gather_bmm"]["agrees"] is False
+    with pytest.raises(ValueError, match="'upstraem' is none of"):
+        tree_inference(**sizes, peers=["upstraem"])
+
+
+def test_work_counts_what_is_hit_once():
+    from fff.bench.peers import tree_work
+    from fff.layers.fff import FFF
+
+    layer = FFF(10, 3, 4, depth=2)
+    # Leaves 0 and 1: the root and its left child.
+    work = tree_work(layer, torch.tensor([[0], [1], [1]]), batch=3)
+    assert work.bytes == 4 * (2 * (3 * 10 + 3 + 3 * 4 + 4) + 2 * 11 + 3 * 14)
+    assert work.flops == 3 * (2 * 2 * 10 + 2 * 3 * (10 + 4))
+
+
+def test_floor_is_the_slower_of_the_two_ways(monkeypatch):
+    monkeypatch.setattr(floor, "matmul_rate", lambda dtype, threads: 1e9)
+    monkeypatch.setattr(floor, "read_bandwidth", lambda size, threads: {2**16: 1e6, 2**20: 1e5}[size])
+    assert floor.floor(floor.Work(2_000_000, 1000), torch.float32)[:2] == (2e-3, "compute")
+    assert floor.floor(floor.Work(2_000_000, 1_000_000), torch.float32)[:2] == (10.0, "memory")

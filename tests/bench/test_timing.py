@@ -53,6 +53,21 @@ def test_spread_is_median_and_quartiles():
     assert spread([7.0]) == (7.0, 7.0, 7.0)
 
 
+def test_a_slow_competitor_drops_out_after_the_third_round():
+    clock = Clock()
+    calls = {"slow": clock.spend("slow", 4.0), "fast": clock.spend("fast", 1.0)}
+    samples = time_interleaved(calls, rounds=5, min_sample_s=0.1, max_candidate_s=4.5, clock=clock)
+    assert samples == {"slow": [4.0] * 3, "fast": [1.0] * 4}
+    assert ratio(samples["slow"], samples["fast"]) == (4.0, 4.0, 4.0)  # over the rounds of both
+
+
+def test_what_comes_before_a_sample_is_not_in_its_time():
+    clock = Clock()
+    prepare = {"a": clock.spend("prepare", 10.0)}
+    samples = time_interleaved({"a": clock.spend("a", 1.0)}, rounds=2, min_sample_s=0.1, before=prepare, clock=clock)
+    assert samples == {"a": [1.0] * 2} and clock.calls.count("prepare") == 3
+
+
 def test_no_rounds_is_an_error():
     with pytest.raises(ValueError, match="rounds=0"):
         time_interleaved({"a": lambda: None}, rounds=0)

@@ -69,23 +69,28 @@ def _flat(node: Tensor, num_nodes: int) -> Tensor:
 
 
 def gathered_logits(x: Float[Tensor, "T D"], nodes: Nodes, node: Int[Tensor, "T P ..."]) -> Float[Tensor, "T P ..."]:
-    """Logits of single nodes, `node` counting within each tree."""
+    """Logits of single nodes, `node` counting within each tree.
+
+    Sums are in float32 at least, as those of a matmul are: in bfloat16 they would often decide otherwise than
+    `dense_logits`.
+    """
     flat = _flat(node, nodes.weight.shape[1])
-    x = x.view(x.shape[0], *[1] * (node.dim() - 1), x.shape[1])
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x = x.view(x.shape[0], *[1] * (node.dim() - 1), x.shape[1]).to(wide)
 
     def at(parameter: Tensor) -> Tensor:
         # F.embedding, because its backward adds up rows where that of indexing sorts and serialises.
         table = parameter.flatten(0, 1)
-        return F.embedding(flat, table.flatten(1)).view(*flat.shape, *table.shape[1:])
+        return F.embedding(flat, table.flatten(1)).view(*flat.shape, *table.shape[1:]).to(wide)
 
     if nodes.out_weight is None:
         logit = (at(nodes.weight) * x).sum(-1)
-        return logit if nodes.bias is None else logit + at(nodes.bias.unsqueeze(-1)).squeeze(-1)
+        return (logit if nodes.bias is None else logit + at(nodes.bias.unsqueeze(-1)).squeeze(-1)).to(dtype)
     pre = (at(nodes.weight) * x.unsqueeze(-2)).sum(-1)
     if nodes.bias is not None:
         pre = pre + at(nodes.bias)
     logit = (resolve_activation(nodes.activation)(pre) * at(nodes.out_weight)).sum(-1)
-    return logit if nodes.out_bias is None else logit + at(nodes.out_bias.unsqueeze(-1)).squeeze(-1)
+    return (logit if nodes.out_bias is None else logit + at(nodes.out_bias.unsqueeze(-1)).squeeze(-1)).to(dtype)
 
 
 def path_logits(
