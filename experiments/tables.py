@@ -9,9 +9,12 @@ from pathlib import Path
 
 try:
     from fff.report.records import update
-    from fff.report.study import load, publish, studies, update_readme
+    from fff.report.study import headline, load, publish, studies, update_block, update_readme
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; tables need the extra: pip install 'fff[train]'") from error
+
+
+RESULTS, FRONT_PAGE = Path("results"), Path("README.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("study", nargs="*", help="default: every study that has records")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="run directories (default: %(default)s)")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: %(default)s")
+    parser.add_argument("--results-dir", type=Path, default=RESULTS, help="default: %(default)s")
     options = parser.parse_args(arguments)
 
     known = studies(options.runs_dir, options.results_dir)
@@ -39,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
             published = publish(load(study, options.results_dir, files), files)
             _tell(published.remarks)
             print(published.markdown)
+            # The page of the project tells how fast, beside the committed results alone.
+            if study == "bench" and options.results_dir == RESULTS and FRONT_PAGE.exists():
+                update_block(FRONT_PAGE, headline(published.markdown))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True

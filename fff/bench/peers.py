@@ -121,6 +121,20 @@ def _ours(backend: str, threads: int | None = None) -> Callable[[_Point], Candid
     return make
 
 
+def _operator(point: _Point) -> Candidate | None:
+    """The native operator alone, without the layer around it: no module, no choice of a backend, no record."""
+    if not cpu.available():
+        return None
+    tree = point.layer
+    nodes = tree.node_weight.detach(), tree.node_bias.detach(), None, 1, tree.depth
+    leaves = [t.detach() for t in (tree.w_in, tree.b_in, tree.w_out, tree.b_out)]
+
+    def run() -> Tensor:
+        return cpu.tree_mlp(point.x, *nodes, *leaves, "relu", False)[0]
+
+    return point.same_function(tree)._replace(run=run, outputs=lambda: {"y": run()})
+
+
 def _dense(width: Callable[[FFF], int], compiled: bool = False) -> Callable[[_Point], Candidate]:
     def make(point: _Point) -> Candidate:
         tree, hidden = point.layer, width(point.layer)
@@ -136,7 +150,7 @@ def _dense(width: Callable[[FFF], int], compiled: bool = False) -> Callable[[_Po
 
 
 def _upstream(point: _Point) -> Candidate | None:
-    if not find_spec("fastfeedforward"):
+    if not find_spec("fastfeedforward") or point.layer.depth == 0:  # where its evaluation fails
         return None
     other = upstream_copy(point.layer)
     return point.same_function(other, lambda: missing_bias(other, point.x))
@@ -164,6 +178,7 @@ def _moe_flat(point: _Point) -> Candidate:
 PEERS: dict[str, Callable[[_Point], Candidate | None]] = {
     "fff_native": _ours("native"),
     "fff_native_2_threads": _ours("native", threads=2),
+    "native_op": _operator,
     "fff_grouped": _ours("grouped"),
     "gather_bmm": lambda point: point.same_function(GatherBmm(point.layer)),
     "upstream": _upstream,

@@ -54,7 +54,8 @@ def studies(runs_dir: Path, results_dir: Path) -> list[str]:
     """Names of all studies that have run directories or committed records."""
     names = {path.name for path in runs_dir.glob("*") if any(path.glob("*/result.json"))}
     records = [*(results_dir / "runs").glob("*.csv"), *(results_dir / "runs").glob("*.npz")]
-    return sorted(names | {path.stem.removesuffix(".history") for path in records})
+    timed = {"bench"} if any((results_dir / "bench").glob("*.csv")) else set()
+    return sorted(names | timed | {path.stem.removesuffix(".history") for path in records})
 
 
 def load(name: str, results_dir: Path, files: Mapping[Path, str] | None = None) -> StudyData:
@@ -152,15 +153,20 @@ def publish(data: StudyData, files: Mapping[Path, str] | None = None) -> Publish
     return Published(text, result.remarks)
 
 
+def update_block(path: Path, text: str) -> None:
+    """Put `text` into the marked block of a page; ValueError without its markers."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{path}: the markers {_BEGIN!r} and {_END!r} must both be there")
+    write(path, f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
 def update_readme(results_dir: Path) -> None:
     """Fill the marked block of `<results_dir>/README.md` with the first table and the figures of every study."""
     path = results_dir / "README.md"
     if not path.exists():
         return
-    before, begin, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"{path}: the markers {_BEGIN!r} and {_END!r} must both be there")
     parts = []
     files = sorted((results_dir / "tables").glob("*.md"))
     for table in files:
@@ -168,8 +174,14 @@ def update_readme(results_dir: Path) -> None:
         # The name of one study may begin with that of another.
         longer = tuple(f"{other.stem}_" for other in files if other.stem.startswith(f"{study}_"))
         drawn = [f for f in sorted((results_dir / "figures").glob(f"{study}_*.svg")) if not f.name.startswith(longer)]
-        headline = table.read_text(encoding="utf-8").split("\n## ")[1:2]
+        first = headline(table.read_text(encoding="utf-8"))
         parts += [f"### {study}", "", f"All tables: [tables/{study}.md](tables/{study}.md)", ""]
-        parts += [f"**{title}**\n{body}" for title, _, body in (text.partition("\n") for text in headline)]
+        parts += [first]
         parts += [f"![{figure.stem}](figures/{figure.name})\n" for figure in drawn]
-    write(path, f"{before}{begin}\n\n" + "\n".join(parts) + f"\n{end}{after}")
+    update_block(path, "\n".join(parts))
+
+
+def headline(markdown: str) -> str:
+    """The first table of a published study."""
+    title, _, body = markdown.split("\n## ")[1].partition("\n")
+    return f"**{title}**\n{body}"

@@ -1,0 +1,238 @@
+"""How fast: the rows of all benchmark suites (`python -m experiments.bench`) as tables and figures."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from fff.report import figures
+from fff.report.study import Report, StudyData
+from fff.report.tables import MISSING, Table, number
+
+# Peers that a speed-up is told over, in the order of the columns, and how a reader calls them.
+PEERS = {
+    "dense": "dense, training width",
+    "dense_leaf": "dense, one leaf",
+    "upstream": "authors' package",
+    "gather_bmm": "gather + bmm",
+    "moe_flat": "flat MoE, top-1",
+    "fff_grouped": "ours in PyTorch",
+}
+OURS = "fff_native"
+LABELS = {OURS: "FFF, native", "native_op": "its operator alone", **PEERS}
+_COLORS = {
+    "dense": figures.DENSE,
+    **dict(zip((name for name in LABELS if name != "dense"), figures.PALETTE, strict=True)),
+}
+_MARKERS = dict(zip(LABELS, figures.MARKERS + ("*",), strict=True))
+_SIZES = ["depth", "batch"]
+
+
+def report(data: StudyData) -> Report:
+    folder = data.results_dir / "bench"
+    ratio_files = sorted(folder.glob("*.ratios.csv"))
+    row_files = [path for path in sorted(folder.glob("*.csv")) if path not in ratio_files]
+    if not row_files:
+        raise ValueError(f"no rows in {folder}/; make some with python -m experiments.bench")
+    rows = pd.concat([pd.read_csv(path) for path in row_files], ignore_index=True)
+    ratios = pd.concat([pd.read_csv(path) for path in ratio_files], ignore_index=True)
+    made, remarks = [], []
+    for suite, make in {
+        "inference": _inference,
+        "latency": _latency,
+        "scaling": _scaling,
+        "training": _training,
+    }.items():
+        part = rows[rows["suite"] == suite]
+        if part.empty:
+            remarks.append(f"bench: no rows of suite={suite}")
+        else:
+            made.append(make(part))
+    drawn = {
+        "scaling": figure_scaling(rows[rows["suite"] == "scaling"]),
+        "speedup": figure_speedup(rows[rows["suite"] == "inference"]),
+        "roofline": figure_roofline(rows[rows["suite"].isin(["inference", "scaling"])]),
+    }
+    tables = [*made, targets(ratios)]
+    return Report(rows, tables, {name: figure for name, figure in drawn.items() if figure is not None}, remarks)
+
+
+def machine(rows: pd.DataFrame) -> str:
+    """What the rows were measured on."""
+    names = rows[["cpu", "torch"]].drop_duplicates()
+    threads = sorted(rows["threads"].dropna().astype(int).unique())
+    return (
+        "; ".join(f"{row.cpu}, torch {row.torch}" for row in names.itertuples())
+        + f"; threads: {', '.join(map(str, threads))}"
+    )
+
+
+def _grid(rows: pd.DataFrame) -> pd.DataFrame:
+    """Median seconds by size (rows) and candidate (columns); of float32."""
+    single = rows[(rows["dtype"] == "float32") & rows["median_s"].notna()]
+    return single.pivot_table(index=_SIZES, columns="candidate", values="median_s")
+
+
+def _inference(rows: pd.DataFrame) -> Table:
+    rows = rows[rows["case"].str.startswith("grid")]
+    times = _grid(rows)
+    share = rows[rows["candidate"] == OURS].set_index(_SIZES)["floor_share"]
+    frame = pd.DataFrame(
+        {
+            "depth": [str(depth) for depth, _ in times.index],
+            "batch": [str(batch) for _, batch in times.index],
+            "ours, ms": [f"{1e3 * value:.3g}" for value in times[OURS]],
+            "of the floor": [f"{100 * share[size]:.0f} %" for size in times.index],
+            **{title: _times(times, name) for name, title in PEERS.items() if name in times},
+        }
+    )
+    note = (
+        f"{machine(rows)}. Hard evaluation, 768 -> 768, leaf width 32, float32, one thread: how many times longer each"
+        " other takes than ours with the native operators. Dense layers and the MoE compute other functions; all others"
+        " gave the same outputs before they were timed. Floor: the larger of counted operations over the measured"
+        " matmul rate and counted bytes over the measured bandwidth."
+    )
+    return Table("bench", "Hard evaluation on one CPU thread", frame, note, text_columns=2)
+
+
+def _times(times: pd.DataFrame, name: str) -> list[str]:
+    values = times[name] / times[OURS]
+    return [MISSING if pd.isna(value) else f"{_short(value)}x" for value in values]
+
+
+def _short(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _latency(rows: pd.DataFrame) -> Table:
+    times = 1e6 * _grid(rows)
+    columns = {title: [number(value) for value in times[name]] for name, title in LABELS.items() if name in times}
+    frame = pd.DataFrame({"depth": [str(depth) for depth, _ in times.index], **columns})
+    return Table("bench_latency", "One row: microseconds", frame, f"{machine(rows)}. 768 -> 768, leaf width 32.")
+
+
+def _scaling(rows: pd.DataFrame) -> Table:
+    times = 1e3 * _grid(rows)
+    columns = {
+        title: [MISSING if pd.isna(value) else _short(value) for value in times[name]]
+        for name, title in LABELS.items()
+        if name in times
+    }
+    sizes = {"blocks": [str(2**depth) for depth, _ in times.index], "batch": [str(batch) for _, batch in times.index]}
+    note = f"{machine(rows)}. 768 -> 768; a block is 32 units: of a dense layer, or an expert, or a leaf."
+    return Table("bench_scaling", "Time against the number of blocks, ms", pd.DataFrame(sizes | columns), note, 2)
+
+
+def _training(rows: pd.DataFrame) -> Table:
+    frame = pd.DataFrame(
+        {
+            "case": rows["case"],
+            "candidate": rows["candidate"],
+            "depth": rows["depth"].astype(int).map(str),
+            "batch": rows["batch"].astype(int).map(str),
+            "step, ms": [f"{1e3 * value:.3g}" for value in rows["median_s"]],
+            "peak, MiB": [number(value / 2**20, 0) for value in rows["peak_bytes"]],
+        }
+    )
+    return Table("bench_training", "Training steps", frame, f"{machine(rows)}. Forward, backward, SGD.", 2)
+
+
+def targets(ratios: pd.DataFrame) -> Table:
+    """Every comparison that had a target, met or not."""
+    judged = ratios[ratios["met"].notna()]
+    bound = [
+        f">= {at_least:g}" if pd.notna(at_least) else f"<= {at_most:g}"
+        for at_least, at_most in zip(judged["at_least"], judged["at_most"], strict=True)
+    ]
+    frame = pd.DataFrame(
+        {
+            "suite": judged["suite"],
+            "case": judged["case"],
+            "compared": [
+                f"{q}: {of} / {over}"
+                for q, of, over in zip(judged["quantity"], judged["of"], judged["over"], strict=True)
+            ],
+            "median": [_short(value) for value in judged["median"]],
+            "quartiles": [
+                MISSING if pd.isna(low) else f"{_short(low)} - {_short(high)}"
+                for low, high in zip(judged["low"], judged["high"], strict=True)
+            ],
+            "target": bound,
+            "met": ["yes" if str(met) == "True" else "missed" for met in judged["met"]],
+        }
+    )
+    return Table("bench_targets", "Targets", frame, "extra_ms: the difference in milliseconds a step.", 3)
+
+
+def figure_scaling(rows: pd.DataFrame) -> Figure | None:
+    """Time against the number of blocks, both logarithmic; dashed: the floor of the same function."""
+    rows = rows[rows["median_s"].notna()]
+    if rows.empty:
+        return None
+    batches = sorted(rows["batch"].unique())
+    figure = Figure(figsize=(3.6 * len(batches), 3.2), layout="constrained")
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+        part = rows[rows["batch"] == batch]
+        for name, title in ((n, t) for n, t in LABELS.items() if n in set(part["candidate"])):
+            line = part[part["candidate"] == name].sort_values("depth")
+            color = _COLORS[name]
+            axes.plot(
+                2 ** line["depth"], line["median_s"], color=color, marker=_MARKERS[name], label=title, markersize=4
+            )
+            if name in (OURS, "dense"):
+                axes.plot(2 ** line["depth"], line["floor_s"], color=color, linestyle="--", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel="blocks of 32 units", ylabel="seconds", title=f"batch {int(batch)}")
+        axes.set_xscale("log", base=2)
+        axes.legend()
+    return figure
+
+
+def figure_speedup(rows: pd.DataFrame) -> Figure | None:
+    """How many times faster than a dense layer of the training width, by depth and batch."""
+    rows = rows[rows["case"].str.startswith("grid")]
+    if rows.empty:
+        return None
+    times = _grid(rows)
+    if not {OURS, "dense"} <= set(times.columns):
+        return None
+    ratio = (times["dense"] / times[OURS]).unstack("batch")
+    figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(ratio.map(lambda value: max(value, 1.0)).to_numpy(), norm="log", cmap="Blues", aspect="auto")
+    middle = ratio.to_numpy().max() ** 0.6
+    for i, depth in enumerate(ratio.index):
+        for j, batch in enumerate(ratio.columns):
+            value = ratio.loc[depth, batch]
+            axes.text(j, i, f"{_short(value)}x", ha="center", va="center", color="white" if value > middle else "black")
+    axes.set_xticks(range(len(ratio.columns)), [str(int(batch)) for batch in ratio.columns])
+    axes.set_yticks(range(len(ratio.index)), [str(int(depth)) for depth in ratio.index])
+    axes.set(xlabel="batch", ylabel="depth", title="faster than dense of the training width")
+    return figure
+
+
+def figure_roofline(rows: pd.DataFrame) -> Figure | None:
+    """Operations per second that were needed and done, against operations per byte; the roof is what was measured."""
+    rows = rows[rows["floor_s"].notna() & (rows["threads"] == 1) & (rows["dtype"] == "float32")]
+    if rows.empty:
+        return None
+    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
+    axes = figure.subplots()
+    intensity = rows["least_flops"] / rows["least_bytes"]
+    rate, slow, fast = rows["matmul_rate"].max(), rows["bandwidth"].min(), rows["bandwidth"].max()
+    ends = [intensity.min() / 2, intensity.max() * 2]
+    for bandwidth, style in ((slow, "-"), (fast, ":")):
+        corner = rate / bandwidth
+        x = sorted([ends[0], corner, ends[1]])
+        label = f"{bandwidth / 1e9:.0f} GB/s, {rate / 1e9:.0f} GFLOP/s"
+        axes.plot(x, [min(rate, bandwidth * value) for value in x], color="#666666", linestyle=style, label=label)
+    for name, title in LABELS.items():
+        part = rows[rows["candidate"] == name]
+        if not part.empty:
+            done = part["least_flops"] / part["median_s"]
+            axes.scatter(intensity[part.index], done, s=14, color=_COLORS[name], marker=_MARKERS[name], label=title)
+    axes.set(xscale="log", yscale="log", xlabel="counted FLOP per counted byte", ylabel="counted FLOP/s")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=6, ncols=2)
+    return figure

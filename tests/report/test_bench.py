@@ -1,0 +1,114 @@
+"""The report of the benchmarks, from rows made up for the purpose."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import tables
+from fff.report.studies import bench
+from fff.report.study import StudyData, load, publish
+
+PLACE = {
+    "cpu": "made up",
+    "gpu": None,
+    "cores": 2,
+    "torch": "0",
+    "python": "0",
+    "fastfeedforward": None,
+    "git_commit": "c",
+}
+
+
+def row(suite, case, candidate, depth, batch, median, **fields):
+    return {
+        **{"suite": suite, "case": case, "candidate": candidate, "backend": None, "dtype": "float32", "threads": 1},
+        **{"depth": depth, "batch": batch, "agrees": True, "median_s": median, "low_s": median, "high_s": median},
+        **{
+            "floor_s": median and median / 4,
+            "floor_kind": "memory",
+            "floor_share": 0.25,
+            "least_flops": 1e6 * 2**depth,
+        },
+        **{"least_bytes": 1e5, "matmul_rate": 1e11, "bandwidth": 1e10, "peak_bytes": 2**20, "seed": 0},
+        **PLACE,
+        **fields,
+    }
+
+
+def ratio(median, met, **bounds):
+    of = {"suite": "inference", "case": "grid_depth2_batch1", "quantity": "time", "of": "dense", "over": "fff_native"}
+    return {
+        **of,
+        "median": median,
+        "low": median,
+        "high": median,
+        "at_least": None,
+        "at_most": None,
+        "met": met,
+        **bounds,
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    rows = [
+        row("inference", f"grid_depth{depth}_batch{batch}", name, depth, batch, median)
+        for depth in (2, 3)
+        for batch in (1, 8)
+        for name, median in (("fff_native", 1e-3), ("dense", 1e-3 * depth * batch), ("upstream", 0.5))
+    ]
+    # One that was refused has no time, and is in no table.
+    rows.append(row("inference", "grid_depth2_batch1", "gather_bmm", 2, 1, None, agrees=False))
+    rows.append(row("inference", "bfloat16_batch8", "fff_native", 3, 8, 9.0, dtype="bfloat16"))
+    ratios = [ratio(2.0, False, at_least=4.0), ratio(2.0, True, at_most=4.0), ratio(7.0, None)]
+    scaling = [
+        row("scaling", "s", name, depth, 8, 1e-3 * depth) for depth in (1, 2) for name in ("fff_native", "dense")
+    ]
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    pd.DataFrame(rows).to_csv(folder / "inference.csv", index=False)
+    pd.DataFrame(ratios).to_csv(folder / "inference.ratios.csv", index=False)
+    pd.DataFrame(scaling).to_csv(folder / "scaling.csv", index=False)
+    return tmp_path
+
+
+def test_speed_ups_are_those_of_the_rows(results):
+    made = bench.report(StudyData("bench", pd.DataFrame(), pd.DataFrame(), results))
+    first = made.tables[0].frame
+    assert list(first["depth"]) == ["2", "2", "3", "3"] and list(first["batch"]) == ["1", "8", "1", "8"]
+    assert list(first["dense, training width"]) == ["2x", "16x", "3x", "24x"]
+    assert set(first["authors' package"]) == {"500x"} and set(first["of the floor"]) == {"25 %"}
+    assert "gather + bmm" not in first and "made up" in made.tables[0].note
+    targets = made.tables[-1].frame
+    assert list(targets["met"]) == ["missed", "yes"] and list(targets["target"]) == [">= 4", "<= 4"]
+    assert set(made.figures) == {"scaling", "speedup", "roofline"}
+    assert list(made.remarks) == ["bench: no rows of suite=latency", "bench: no rows of suite=training"]
+
+
+def test_same_rows_same_bytes(results):
+    def written():
+        publish(load("bench", results))
+        return {path: path.read_bytes() for path in sorted(results.rglob("*")) if path.is_file()}
+
+    first = written()
+    assert any(path.suffix == ".svg" for path in first)
+    np.random.rand(3)
+    assert written() == first
+
+
+def test_front_page_tells_the_headline_of_the_committed_results(results, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "front.md"
+    page.write_text("before\n<!-- generated: begin -->\nold\n<!-- generated: end -->\nafter\n")
+    monkeypatch.setattr(tables, "FRONT_PAGE", page)
+    assert tables.main(["bench", "--results-dir", str(results), "--runs-dir", str(tmp_path / "none")]) == 0
+    assert "old" in page.read_text()  # the results of somebody else
+    monkeypatch.setattr(tables, "RESULTS", results)
+    assert tables.main(["bench", "--results-dir", str(results), "--runs-dir", str(tmp_path / "none")]) == 0
+    text = page.read_text()
+    assert "| 3     | 8     |" in text and "24x" in text and "old" not in text
+    assert text.startswith("before") and text.endswith("after\n")
+
+
+def test_no_rows_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="experiments.bench"):
+        bench.report(StudyData("bench", pd.DataFrame(), pd.DataFrame(), tmp_path))
