@@ -279,12 +279,12 @@ class FFF(RoutedLayer):
         one_leaf = self.beam_width == self.node_width == 1 and self.mode != "gated"
         if not (hard and one_leaf and self.backend in ("auto", "native")):
             return None
-        nodes, leaves = self._tensors("node_weight", "node_bias"), self._tensors("w_in", "b_in", "w_out", "b_out")
+        weights = self._tensors("node_weight", "node_bias", "w_in", "b_in", "w_out", "b_out")
         act = activation_name(self.act)
-        if exporting() or cpu.refusal(act, rows, None, *nodes, *leaves) is not None:
+        if exporting() or cpu.refusal(act, rows, None, *weights) is not None:
             return None  # the other way says what is wrong, if "native" was asked for
-        nodes = (*nodes, self.decision_bias)
-        y, index, logit = cpu.tree_mlp(rows, *nodes, self.num_trees, self.depth, *leaves, act, self.glu)
+        nodes = *weights[:2], self._buffers["decision_bias"]
+        y, index, logit = cpu.tree_mlp(rows, *nodes, self.num_trees, self.depth, *weights[2:], act, self.glu)
         trace = TreeTrace(self.depth, index, visited=logit if self.temperature == 1 else logit / self.temperature)
         return y, Record(logit.new_zeros(()), {}, index, self.num_leaves, "native", trace)
 

@@ -185,7 +185,8 @@ def figure_scaling(rows: pd.DataFrame) -> Figure | None:
                 axes.plot(2 ** line["depth"], line["floor_s"], color=color, linestyle="--", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="blocks of 32 units", ylabel="seconds", title=f"batch {int(batch)}")
         axes.set_xscale("log", base=2)
-        axes.legend()
+        if batch == batches[0]:
+            axes.legend()
     return figure
 
 
