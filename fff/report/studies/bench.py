@@ -71,7 +71,9 @@ def machine(rows: pd.DataFrame) -> str:
 def _grid(rows: pd.DataFrame) -> pd.DataFrame:
     """Median seconds by size (rows) and candidate (columns); of float32."""
     single = rows[(rows["dtype"] == "float32") & rows["median_s"].notna()]
-    return single.pivot_table(index=_SIZES, columns="candidate", values="median_s")
+    return single.astype({size: int for size in _SIZES}).pivot_table(
+        index=_SIZES, columns="candidate", values="median_s"
+    )
 
 
 def _inference(rows: pd.DataFrame) -> Table:
