@@ -135,7 +135,7 @@ def _operator(point: _Point) -> Candidate | None:
     return point.same_function(tree)._replace(run=run, outputs=lambda: {"y": run()})
 
 
-def _dense(width: Callable[[FFF], int], compiled: bool = False) -> Callable[[_Point], Candidate]:
+def _dense(width: Callable[[FFF], int]) -> Callable[[_Point], Candidate]:
     def make(point: _Point) -> Candidate:
         tree, hidden = point.layer, width(point.layer)
         module = nn.Sequential(nn.Linear(tree.in_features, hidden), nn.ReLU(), nn.Linear(hidden, tree.out_features)).to(
@@ -144,7 +144,7 @@ def _dense(width: Callable[[FFF], int], compiled: bool = False) -> Callable[[_Po
         rows = len(point.x)
         numbers = sum(p.numel() for p in module.parameters()) + rows * (tree.in_features + tree.out_features)
         work = Work(2 * rows * hidden * (tree.in_features + tree.out_features), numbers * point.x.element_size())
-        return point.candidate(torch.compile(module) if compiled else module, work=work)
+        return point.candidate(module, work=work)
 
     return make
 
@@ -184,6 +184,5 @@ PEERS: dict[str, Callable[[_Point], Candidate | None]] = {
     "upstream": _upstream,
     "moe_flat": _moe_flat,
     "dense": _dense(lambda tree: tree.num_leaves * tree.leaf_width),
-    "dense_compiled": _dense(lambda tree: tree.num_leaves * tree.leaf_width, compiled=True),
     "dense_leaf": _dense(lambda tree: tree.leaf_width),
 }
