@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,10 @@ from .check import ConfigError, check
 from .config import build, config_path, one_line_errors
 
 # Of a case, what its rows say of its sizes; of a row and of a ratio, the order of the columns.
-_SIZES = ("in_features", "out_features", "leaf_width", "hidden_features", "depth", "batch")
+_SIZES = (
+    *("in_features", "out_features", "leaf_width", "hidden_features", "depth", "num_experts", "choices", "batch"),
+    *("routes", "gradient"),
+)
 _ROW = (
     *("suite", "case", "candidate", "backend", "dtype", "threads", *_SIZES, "agrees", "max_error"),
     *("rounds", "median_s", "low_s", "high_s", "floor_s", "floor_kind", "floor_share"),
@@ -43,6 +46,7 @@ class Bench:
     rounds: int
     min_sample_s: float
     max_candidate_s: float
+    device: str = field(metadata={"choices": ("cpu", "cuda")})
     out: str
 
 
@@ -77,8 +81,12 @@ def run(cfg: DictConfig) -> bool:
     commit = provenance.git_commit()
     name = cfg.suite.name
     points = expand(OmegaConf.to_container(cfg.suite, resolve=True)["cases"])
+    import torch
+
     from fff.bench.suite import agrees, markdown, run_suite, table_rows
 
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this torch finds no GPU")
     measured = run_suite(
         {case: build(point["build"]) for case, point in points.items()},
         {case: point["targets"] for case, point in points.items()},
@@ -87,6 +95,7 @@ def run(cfg: DictConfig) -> bool:
         rounds=cfg.rounds,
         min_sample_s=cfg.min_sample_s,
         max_candidate_s=cfg.max_candidate_s,
+        device=cfg.device,
     )
     hardware, versions = provenance.hardware(), provenance.versions()
     source = {key: hardware[key] for key in ("cpu", "gpu", "cores")}
@@ -125,11 +134,12 @@ def job(cfg: DictConfig) -> None:
         plain = OmegaConf.to_container(cfg, resolve=True)
         check(plain, Bench)
         expand(plain["suite"]["cases"])
+        agreed = run(cfg)
     except ConfigError as error:
         # Hydra would put a line of its own before an error that leaves here.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if not run(cfg):
+    if not agreed:
         sys.exit("a competitor was refused: its outputs differ from the reference")
 
 

@@ -18,6 +18,7 @@ from fff.bench.floor import Work
 from fff.bench.upstream import in_our_layout, missing_bias, upstream_copy
 from fff.layers.contract import aux_loss
 from fff.layers.fff import FFF
+from fff.layers.moe import MoE
 
 # Weights of the losses as in the recipes of the studies: a training step pays for them too.
 HARDENING, BALANCE = 3.0, 0.1
@@ -37,6 +38,7 @@ class Candidate(NamedTuple):
     threads: that torch uses for it; None: those of the suite.
     dtype: of rows and weights.
     counted: whether memory and operations are counted, which takes calls of their own.
+    backend: of `expert_mlp`; None: the one that the record of `module` names, if it has one.
     """
 
     module: nn.Module
@@ -48,6 +50,7 @@ class Candidate(NamedTuple):
     threads: int | None = None
     dtype: torch.dtype = torch.float32
     counted: bool = True
+    backend: str | None = None
 
 
 def soft_training(
@@ -58,17 +61,10 @@ def soft_training(
     layer = FFF(in_features, leaf_width, out_features, depth=depth, hardening_weight=HARDENING)
     candidates = {
         "fff_soft": _ours(layer, data),
-        "dense": Candidate(dense := _dense(in_features, leaf_width * 2**depth, out_features), data.step(dense)),
+        "dense": _dense_step(in_features, leaf_width * 2**depth, out_features, data),
     }
     if find_spec("fastfeedforward"):
-        other = upstream_copy(layer)
-        plain = _reference(layer)
-        candidates["upstream"] = Candidate(
-            other,
-            data.step(other, _upstream_loss),
-            lambda: data.gradients(other, _upstream_loss, lambda: in_our_layout(other, grad=True)),
-            lambda: data.gradients(plain),
-        )
+        candidates["upstream"] = _upstream_step(layer, data)
     return candidates
 
 
@@ -83,9 +79,26 @@ def hard_training(
     return {
         "fff_straight_through": _ours(hard, data),
         "fff_soft": _ours(soft, data),
-        "dense": Candidate(dense := _dense(in_features, leaf_width * 2**depth, out_features), data.step(dense)),
-        "dense_leaf": Candidate(small := _dense(in_features, leaf_width, out_features), data.step(small)),
+        "dense": _dense_step(in_features, leaf_width * 2**depth, out_features, data),
+        "dense_leaf": _dense_step(in_features, leaf_width, out_features, data),
     }
+
+
+def training_memory(
+    *, in_features: int, out_features: int, leaf_width: int, depth: int, batch: int
+) -> dict[str, Candidate]:
+    """Training steps of all that has `leaf_width * 2**depth` hidden units: dense, trees, a mixture of experts."""
+    data = _Data(batch, in_features, out_features)
+    candidates = hard_training(
+        in_features=in_features, out_features=out_features, leaf_width=leaf_width, depth=depth, batch=batch
+    )
+    mixture = MoE(in_features, leaf_width, out_features, num_experts=2**depth, top_k=2, router="mixtral")
+    mixture.balance_weight = BALANCE
+    candidates["moe_top_2"] = _ours(mixture, data)
+    if find_spec("fastfeedforward"):
+        soft = candidates["fff_soft"].module
+        candidates["upstream"] = _upstream_step(soft, data)
+    return candidates
 
 
 def hard_inference(
@@ -157,12 +170,54 @@ class _Data:
         return {"y": self.evaluate(module)()}
 
 
-def _ours(layer: FFF, data: _Data) -> Candidate:
+def _ours(layer: FFF | MoE, data: _Data) -> Candidate:
     plain = _reference(layer)
-    return Candidate(layer, data.step(layer), lambda: data.gradients(layer), lambda: data.gradients(plain))
+    work = None
+    if isinstance(layer, FFF):
+        layer(data.x)
+        soft = layer.mode == "soft"
+        index = torch.arange(layer.num_leaves) if soft else layer.record.index
+        width, nodes = (layer.size.training_width, layer.num_leaves - 1) if soft else (layer.leaf_width, layer.depth)
+        work = step_work(layer.in_features, width, layer.out_features, nodes, hit_parameters(layer, index), len(data.x))
+    return Candidate(layer, data.step(layer), lambda: data.gradients(layer), lambda: data.gradients(plain), work=work)
 
 
-def _reference(layer: FFF) -> FFF:
+def _dense_step(in_features: int, hidden_features: int, out_features: int, data: _Data) -> Candidate:
+    module = _dense(in_features, hidden_features, out_features)
+    parameters = sum(p.numel() for p in module.parameters())
+    work = step_work(in_features, hidden_features, out_features, 0, parameters, len(data.x))
+    return Candidate(module, data.step(module), work=work)
+
+
+def _upstream_step(layer: FFF, data: _Data) -> Candidate:
+    other, plain = upstream_copy(layer), _reference(layer)
+    return Candidate(
+        other,
+        data.step(other, _upstream_loss),
+        lambda: data.gradients(other, _upstream_loss, lambda: in_our_layout(other, grad=True)),
+        lambda: data.gradients(plain),
+    )
+
+
+def step_work(in_features: int, width: int, out_features: int, nodes: int, parameters: int, rows: int) -> Work:
+    """Of a step in which each row passes `width` hidden units and `nodes` nodes, and `parameters` are hit.
+
+    Forward, the gradients of all weights, that of the hidden units; none of the rows. Rows and targets are read,
+    parameters are read and written.
+    """
+    flops = 2 * rows * (2 * (width + nodes) * in_features + 3 * width * out_features)
+    return Work(flops, 4 * (rows * (in_features + out_features) + 2 * parameters))
+
+
+def hit_parameters(layer: FFF, index: Tensor) -> int:
+    """Numbers in the leaves `index` of a single tree and in the nodes on the way to them, each once."""
+    hit = index.unique()
+    nodes = sum((hit >> (layer.depth - level)).unique().numel() for level in range(layer.depth))
+    leaf = layer.leaf_width * (layer.in_features + layer.out_features + 1) + layer.out_features
+    return hit.numel() * leaf + nodes * (layer.in_features + 1)
+
+
+def _reference(layer: FFF | MoE) -> FFF | MoE:
     plain = copy.deepcopy(layer)
     plain.backend = "reference"
     return plain

@@ -17,12 +17,19 @@ def count_flops(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Most CPU memory, in bytes, that a call holds at once of what it has allocated itself.
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """Most memory of the device, in bytes, that a call holds at once of what it has allocated itself.
 
-    Counted at torch's allocator, hence exact and independent of load. What a BLAS allocates for itself, and the release
-    of memory that is older than the call, are not seen.
+    Counted at torch's allocator, hence exact and independent of load. What a BLAS allocates for itself is not seen,
+    nor, on a CPU, the release of memory that is older than the call.
     """
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from fff.bench.timing import timer
+
 _LARGEST = 2**29  # bytes; larger working sets do not fit in any cache either
-_RATE_SIZES = ((1024, 1024, 1024), (2048, 768, 2048))
+_RATE_SIZES = {"cpu": ((1024, 1024, 1024), (2048, 768, 2048)), "gpu": ((4096, 4096, 4096), (8192, 8192, 8192))}
 
 
 class Work(NamedTuple):
@@ -36,40 +38,41 @@ class Floor(NamedTuple):
     bandwidth: float
 
 
-def floor(work: Work, dtype: torch.dtype) -> Floor:
+def floor(work: Work, dtype: torch.dtype, device: str = "cpu") -> Floor:
     """For the threads that torch uses now."""
     threads = torch.get_num_threads()
-    rate = matmul_rate(dtype, threads)
-    bandwidth = read_bandwidth(min(_LARGEST, max(2**16, 1 << (work.bytes - 1).bit_length())), threads)
+    rate = matmul_rate(dtype, threads, device)
+    # A GPU reads small buffers in the time of a launch, which says nothing of its memory.
+    size = _LARGEST if device != "cpu" else min(_LARGEST, max(2**16, 1 << (work.bytes - 1).bit_length()))
+    bandwidth = read_bandwidth(size, threads, device)
     compute, memory = work.flops / rate, work.bytes / bandwidth
     return Floor(max(compute, memory), "compute" if compute >= memory else "memory", rate, bandwidth)
 
 
 @cache
-def matmul_rate(dtype: torch.dtype, threads: int) -> float:
+def matmul_rate(dtype: torch.dtype, threads: int, device: str) -> float:
     """FLOP/s of the best of a few large matrix products."""
     rates = []
-    for m, k, n in _RATE_SIZES:
-        a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
-        rates.append(2 * m * k * n / _best(lambda a=a, b=b: torch.mm(a, b)))
+    for m, k, n in _RATE_SIZES["cpu" if device == "cpu" else "gpu"]:
+        a, b = torch.randn(m, k, dtype=dtype, device=device), torch.randn(k, n, dtype=dtype, device=device)
+        rates.append(2 * m * k * n / _best(lambda a=a, b=b: torch.mm(a, b), device))
     return max(rates)
 
 
 @cache
-def read_bandwidth(size: int, threads: int) -> float:
+def read_bandwidth(size: int, threads: int, device: str) -> float:
     """Bytes/s at which the same `size` bytes are read again and again: from a cache if they fit into one."""
-    data = torch.ones(size // 4)
+    data = torch.ones(size // 4, device=device)
     half = data.view(2, -1)
-    return size / min(_best(data.sum), _best(lambda: torch.dot(half[0], half[1])))
+    return size / min(_best(data.sum, device), _best(lambda: torch.dot(half[0], half[1]), device))
 
 
-def _best(call: Callable[[], object], seconds: float = 0.2) -> float:
+def _best(call: Callable[[], object], device: str, seconds: float = 0.2) -> float:
     """The shortest of the calls that fit into `seconds`, at least three."""
     call()
+    taken = timer(device)
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(taken(call, 1))
     return min(times)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from fff.bench.cases import Candidate
+from fff.bench.cases import Candidate, step_work
 from fff.layers.contract import aux_loss
 from fff.layers.dense import FeedForward
 from fff.models import Classifier
@@ -92,9 +92,11 @@ def trainer_overhead(
             stepper.step()
         return model
 
+    parameters = sum(p.numel() for p in initial.parameters())
+    work = step_work(in_features, hidden_features, out_features, 0, parameters, batch)
     return {
-        "trainer": Candidate(initial, fit, lambda: _weights(fit()), lambda: _weights(loop()), steps),
-        "plain_loop": Candidate(initial, loop, steps=steps),
+        "trainer": Candidate(initial, fit, lambda: _weights(fit()), lambda: _weights(loop()), steps, work),
+        "plain_loop": Candidate(initial, loop, steps=steps, work=work),
     }
 
 

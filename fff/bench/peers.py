@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fff.bench.cases import Candidate
+from fff.bench.cases import Candidate, hit_parameters
+from fff.bench.dispatch import grouped_mm, takes_grouped_mm
 from fff.bench.floor import Work
 from fff.bench.upstream import missing_bias, upstream_copy
 from fff.layers.fff import FFF
@@ -29,14 +30,30 @@ class GatherBmm(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        tree = self.layer
-        node = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        for _ in range(tree.depth):
-            logit = (x * tree.node_weight[node]).sum(-1) + tree.node_bias[node]
-            node = 2 * node + 1 + (logit >= 0).to(torch.int64)
-        leaf = node - (2**tree.depth - 1)
+        tree, leaf = self.layer, descend(self.layer, x)
         hidden = F.relu(torch.bmm(tree.w_in[leaf], x.unsqueeze(2)).squeeze(2) + tree.b_in[leaf])
         return torch.bmm(hidden.unsqueeze(1), tree.w_out[leaf]).squeeze(1) + tree.b_out[leaf]
+
+
+class GroupedMm(nn.Module):
+    """The same walk, then torch's own product over rows that are sorted by leaf."""
+
+    def __init__(self, layer: FFF) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        tree = self.layer
+        return grouped_mm(x, descend(tree, x), tree.w_in, tree.b_in, tree.w_out, tree.b_out)
+
+
+def descend(tree: FFF, x: Tensor) -> Tensor:
+    """(T,) leaf of each row, one gathered node per level."""
+    node = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    for _ in range(tree.depth):
+        logit = (x * tree.node_weight[node]).sum(-1) + tree.node_bias[node]
+        node = 2 * node + 1 + (logit >= 0).to(torch.int64)
+    return node - (2**tree.depth - 1)
 
 
 class _Point(NamedTuple):
@@ -46,9 +63,10 @@ class _Point(NamedTuple):
     x: Tensor
     expected: Tensor
     work: Work
+    counted: bool
 
     def candidate(self, module: nn.Module, **fields) -> Candidate:
-        return Candidate(module, self.call(module), dtype=self.x.dtype, counted=False, **fields)
+        return Candidate(module, self.call(module), dtype=self.x.dtype, counted=self.counted, **fields)
 
     def same_function(self, module: nn.Module, correction: Callable[[], Tensor] | None = None, **fields) -> Candidate:
         """A competitor that computes what the tree computes, up to a `correction` that is known."""
@@ -75,10 +93,12 @@ def tree_inference(
     batch: int,
     peers: Sequence[str],
     dtype: str = "float32",
+    counted: bool = False,
 ) -> dict[str, Candidate]:
     """Hard evaluation of a random tree on normal rows, all peers with the same weights.
 
     peers: names in `PEERS`; one that is not installed is left out.
+    counted: whether memory is counted too.
     """
     for name in peers:
         if name not in PEERS:
@@ -88,7 +108,7 @@ def tree_inference(
     with torch.no_grad():
         reference = shared(layer, "reference")
         expected = reference(x)
-    point = _Point(layer, x, expected, tree_work(layer, reference.record.index, batch))
+    point = _Point(layer, x, expected, tree_work(layer, reference.record.index, batch), counted)
     candidates = {name: PEERS[name](point) for name in peers}
     return {name: candidate for name, candidate in candidates.items() if candidate is not None}
 
@@ -104,12 +124,8 @@ def shared(layer: FFF, backend: str) -> FFF:
 
 def tree_work(layer: FFF, index: Tensor, batch: int) -> Work:
     """One pass over the leaves and nodes that these rows hit, the rows and the outputs."""
-    flops = batch * layer.size.flops_per_row
-    hit = index.unique()
-    nodes = sum((hit >> (layer.depth - level)).unique().numel() for level in range(layer.depth))
-    leaf = layer.leaf_width * (layer.in_features + layer.out_features + 1) + layer.out_features
-    numbers = hit.numel() * leaf + nodes * (layer.in_features + 1) + batch * (layer.in_features + layer.out_features)
-    return Work(flops, numbers * layer.w_in.element_size())
+    numbers = hit_parameters(layer, index) + batch * (layer.in_features + layer.out_features)
+    return Work(batch * layer.size.flops_per_row, numbers * layer.w_in.element_size())
 
 
 def _ours(backend: str, threads: int | None = None) -> Callable[[_Point], Candidate | None]:
@@ -135,7 +151,7 @@ def _operator(point: _Point) -> Candidate | None:
     return point.same_function(tree)._replace(run=run, outputs=lambda: {"y": run()})
 
 
-def _dense(width: Callable[[FFF], int]) -> Callable[[_Point], Candidate]:
+def _dense(width: Callable[[FFF], int], compiled: bool = False) -> Callable[[_Point], Candidate]:
     def make(point: _Point) -> Candidate:
         tree, hidden = point.layer, width(point.layer)
         module = nn.Sequential(nn.Linear(tree.in_features, hidden), nn.ReLU(), nn.Linear(hidden, tree.out_features)).to(
@@ -144,6 +160,9 @@ def _dense(width: Callable[[FFF], int]) -> Callable[[_Point], Candidate]:
         rows = len(point.x)
         numbers = sum(p.numel() for p in module.parameters()) + rows * (tree.in_features + tree.out_features)
         work = Work(2 * rows * hidden * (tree.in_features + tree.out_features), numbers * point.x.element_size())
+        if compiled:
+            torch.compiler.reset()  # else the shapes of the last case make those of this one dynamic
+            module = torch.compile(module)
         return point.candidate(module, work=work)
 
     return make
@@ -154,6 +173,11 @@ def _upstream(point: _Point) -> Candidate | None:
         return None
     other = upstream_copy(point.layer)
     return point.same_function(other, lambda: missing_bias(other, point.x))
+
+
+def _grouped_mm(point: _Point) -> Candidate | None:
+    tree = point.layer
+    return point.same_function(GroupedMm(tree)) if takes_grouped_mm(tree.w_out, tree.in_features) else None
 
 
 def _moe_flat(point: _Point) -> Candidate:
@@ -181,8 +205,10 @@ PEERS: dict[str, Callable[[_Point], Candidate | None]] = {
     "native_op": _operator,
     "fff_grouped": _ours("grouped"),
     "gather_bmm": lambda point: point.same_function(GatherBmm(point.layer)),
+    "grouped_mm": _grouped_mm,
     "upstream": _upstream,
     "moe_flat": _moe_flat,
     "dense": _dense(lambda tree: tree.num_leaves * tree.leaf_width),
+    "dense_compiled": _dense(lambda tree: tree.num_leaves * tree.leaf_width, compiled=True),
     "dense_leaf": _dense(lambda tree: tree.leaf_width),
 }

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 
 class Spread(NamedTuple):
     """Median and quartiles of repeated measurements."""
@@ -38,6 +40,31 @@ def difference(minuend: Sequence[float], subtrahend: Sequence[float], scale: flo
     return spread([scale * (m - s) for m, s in zip(minuend, subtrahend, strict=False)])
 
 
+def wall_seconds(call: Callable[[], object], count: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of `count` calls."""
+    start = clock()
+    for _ in range(count):
+        call()
+    return clock() - start
+
+
+def device_seconds(call: Callable[[], object], count: int) -> float:
+    """Seconds of `count` calls between two events of the current CUDA stream: what the host does while the device has
+    work is not in them, what the device waits for is."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def timer(device: str) -> Callable[[Callable[[], object], int], float]:
+    """How seconds are taken on a device."""
+    return device_seconds if torch.device(device).type == "cuda" else wall_seconds
+
+
 def _nothing() -> None:
     pass
 
@@ -49,7 +76,7 @@ def time_interleaved(
     min_sample_s: float = 0.05,
     max_candidate_s: float = math.inf,
     before: Mapping[str, Callable[[], object]] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    seconds: Callable[[Callable[[], object], int], float] = wall_seconds,
 ) -> dict[str, list[float]]:
     """Seconds per call of each competitor, one sample per round.
 
@@ -58,6 +85,7 @@ def time_interleaved(
     whose samples would last longer than `max_candidate_s` drops out after so many rounds, but not before the third.
 
     before: called ahead of every sample of a competitor, outside the time that is taken.
+    seconds: of so many calls: `wall_seconds`, or `device_seconds` for what runs on a GPU.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be >= 1")
@@ -66,9 +94,7 @@ def time_interleaved(
     for name, call in calls.items():
         before.get(name, _nothing)()
         call()  # allocations and lazy initialisation
-        start = clock()
-        call()
-        once = max(clock() - start, 1e-9)
+        once = max(seconds(call, 1), 1e-9)
         repeats[name] = max(1, math.ceil(min_sample_s / once))
         turns[name] = int(min(rounds, max(3, max_candidate_s / (once * repeats[name]))))
     order = list(calls)
@@ -82,12 +108,8 @@ def time_interleaved(
             for name in order[shift:] + order[:shift]:
                 if turn >= turns[name]:
                     continue
-                call, count = calls[name], repeats[name]
                 before.get(name, _nothing)()
-                start = clock()
-                for _ in range(count):
-                    call()
-                samples[name].append((clock() - start) / count)
+                samples[name].append(seconds(calls[name], repeats[name]) / repeats[name])
     finally:
         if collecting:
             gc.enable()
