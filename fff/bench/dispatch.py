@@ -119,7 +119,7 @@ def _peer(name: str, call: _Call, gradient: bool) -> tuple[Callable[[], Tensor] 
         return None, name
     if name == "auto_pytorch" or name == "auto" and gradient:
         problem = Problem(*call.x.shape, *call.weights.w_out.shape, call.index.shape[1])
-        name = backend = resolve_backend("auto", problem)
+        name = backend = resolve_backend("auto", problem, gradient=gradient)
     elif name == "auto":
         with torch.no_grad():
             backend = choose_backend("auto", call.x, call.index, call.gate, *call.weights)

@@ -17,7 +17,15 @@ SMALL = dict(in_features=12, out_features=5, leaf_width=3, depth=3, batch=17)
 SHORT = dict(in_features=12, out_features=5, hidden_features=3, batch=17, steps=4)
 CONFIGS = Path(__file__).resolve().parents[2] / "conf" / "bench"
 QUICK = dict(rounds=2, min_sample_s=0.0)
-GRID = {"depth": [1, 3], "batch": [2], "in_features": [12], "leaf_width": [3], "num_experts": [4], "choices": [1, 2]}
+GRID = {
+    "depth": [1, 3],
+    "batch": [2],
+    "in_features": [12],
+    "out_features": [5],
+    "leaf_width": [3],
+    "num_experts": [4],
+    "choices": [1, 2],
+}
 
 
 def toy_grid(case):

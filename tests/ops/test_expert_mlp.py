@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fff.ops.activation import ACTIVATIONS
-from fff.ops.expert_mlp import GATHER_CHOICES, Problem, expert_mlp, resolve_backend
+from fff.ops.expert_mlp import Problem, expert_mlp, resolve_backend
 from fff.ops.expert_mlp.grouped import grouped_linear
 
 HARD = ["grouped", "gather", "dense"]
@@ -193,10 +193,11 @@ def test_auto_backend():
     soft = Problem(2048, 768, 128, 32, 768, None)
     assert resolve_backend("auto", soft) == "dense"
     hard = soft._replace(choices=1)
-    assert resolve_backend("auto", hard) == "grouped"
-    assert resolve_backend("auto", hard._replace(rows=GATHER_CHOICES)) == "gather"
-    assert resolve_backend("auto", Problem(256, 256, 128, 1, 10, 1)) == "dense"  # 128 tiny matmuls would cost more
-    assert resolve_backend("auto", Problem(8, 256, 32768, 1, 10, 1)) == "grouped"  # few experts are hit
+    for gradient in (False, True):
+        assert resolve_backend("auto", hard, gradient=gradient) == "grouped"
+        # Single rows copy less than they sort; a few small experts are one small matmul.
+        assert resolve_backend("auto", hard._replace(rows=1), gradient=gradient) == "gather"
+        assert resolve_backend("auto", Problem(2048, 64, 4, 4, 10, 1), gradient=gradient) == "dense"
     assert resolve_backend("auto", hard, exporting=True) == "gather"
     assert resolve_backend("auto", Problem(256, 256, 128, 1, 10, 1), compiling=True) == "grouped"
 

@@ -20,7 +20,7 @@ Backends compute the same function and the same gradients; they differ in cost:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from fff.ops.activation import Activation, activation_name, resolve_activation
 from fff.ops.context import autocast_dtype, exporting, without_autocast
 from fff.ops.expert_mlp import cpu
+from fff.ops.expert_mlp.costs import Problem, cheapest
 from fff.ops.expert_mlp.dense import dense
 from fff.ops.expert_mlp.gather import gather
 from fff.ops.expert_mlp.grouped import grouped
@@ -41,37 +42,24 @@ BACKENDS = {"reference": reference, "dense": dense, "grouped": grouped, "gather"
 # These compute chosen experts only and have nothing to say where every expert is asked for.
 HARD_BACKENDS = ("grouped", "gather", "native")
 
-# Up to this many choices a batch copies its experts' weights faster than it sorts its rows.
-GATHER_CHOICES = 4
-# What "grouped" costs beyond its matmuls, in floating-point operations that "dense" does in that time: once, per expert
-# that is hit, and per number moved into expert order. Fitted on one CPU core, forward and backward, to D 256 and 768,
-# T 64 to 2048, E 4 to 128, L 1 to 32.
-GROUPED_FLOPS, GROUP_FLOPS, MOVE_FLOPS = 30e6, 0.85e6, 60
-
-
-class Problem(NamedTuple):
-    """What the choice of a backend depends on: T, D, E, L, O, and K (None: every expert is asked for)."""
-
-    rows: int
-    in_features: int
-    num_experts: int
-    expert_width: int
-    out_features: int
-    choices: int | None
-
 
 def resolve_backend(
-    backend: str, problem: Problem, *, native: bool = False, exporting: bool = False, compiling: bool = False
+    backend: str,
+    problem: Problem,
+    *,
+    native: bool = False,
+    gradient: bool = False,
+    exporting: bool = False,
+    compiling: bool = False,
 ) -> str:
     """The concrete backend that "auto" stands for; any other known name is returned as it is.
 
-    native: whether the native operator can take the call.
+    native: whether the native operator can take the call.  gradient: whether there will be a backward pass.
     exporting, compiling: the number of rows must not decide, it would be frozen into the graph.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r} is none of {['auto', *BACKENDS]}")
-    rows, in_features, num_experts, expert_width, out_features, choices = problem
-    if choices is None:
+    if problem.choices is None:
         if backend in HARD_BACKENDS:
             raise ValueError(f"backend={backend!r} needs an index; 'dense' and 'reference' compute every expert")
         return "dense" if backend == "auto" else backend
@@ -83,11 +71,7 @@ def resolve_backend(
         return "native"
     if compiling:
         return "grouped"
-    if rows * choices <= GATHER_CHOICES:
-        return "gather"
-    moved = rows * (in_features + out_features)
-    overhead = GROUPED_FLOPS + GROUP_FLOPS * min(num_experts, rows * choices) + MOVE_FLOPS * choices * moved
-    return "dense" if 2 * moved * num_experts * expert_width <= overhead else "grouped"
+    return cheapest(problem, gradient)
 
 
 def choose_backend(
@@ -105,7 +89,11 @@ def choose_backend(
 ) -> str:
     """`resolve_backend` for a call of `expert_mlp`; ValueError where "native" is asked for and cannot take it."""
     export = exporting()
-    native = False
+    native = gradient = False
+    if index is not None and backend == "auto":
+        gradient = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, gate, w_in, b_in, w_out, b_out)
+        )
     if index is not None and (backend == "native" or backend == "auto" and not export):
         name = activation_name(resolve_activation(activation))
         reason = cpu.refusal(name, x, gate, w_in, b_in, w_out, b_out, dropout=dropout)
@@ -113,7 +101,14 @@ def choose_backend(
             raise ValueError(f"backend='native' cannot take this call: {reason}")
         native = reason is None
     problem = Problem(*x.shape, *w_out.shape, None if index is None else index.shape[1])
-    return resolve_backend(backend, problem, native=native, exporting=export, compiling=torch.compiler.is_compiling())
+    return resolve_backend(
+        backend,
+        problem,
+        native=native,
+        gradient=gradient,
+        exporting=export,
+        compiling=torch.compiler.is_compiling(),
+    )
 
 
 def expert_mlp(
