@@ -85,7 +85,8 @@ def test_speed_ups_are_those_of_the_rows(results):
     targets = made.tables[-1].frame
     assert list(targets["met"]) == ["missed", "yes"] and list(targets["target"]) == [">= 4", "<= 4"]
     assert set(made.figures) == {"scaling", "speedup", "roofline"}
-    assert list(made.remarks) == ["bench: no rows of suite=latency", "bench: no rows of suite=training"]
+    absent = ("latency", "training", "routing", "memory", "crossover")
+    assert list(made.remarks) == [f"bench: no rows of suite={suite}" for suite in absent]
 
 
 def test_same_rows_same_bytes(results):
@@ -115,3 +116,32 @@ def test_front_page_tells_the_headline_of_the_committed_results(results, tmp_pat
 def test_no_rows_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="experiments.bench"):
         bench.report(StudyData("bench", pd.DataFrame(), pd.DataFrame(), tmp_path))
+
+
+def test_choices_are_summed_up(tmp_path):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    sizes = {"gradient": False, "num_experts": 4, "routes": "zipf"}
+    rows = [
+        row("crossover", "inference_batch8", "auto", None, 8, 1e-3),
+        row("routing", "inference_zipf", "auto", None, 8, 2e-3, **sizes | {"backend": "grouped"}),
+        row("routing", "inference_zipf", "dense", None, 8, 3e-3, **sizes),
+        row("memory", "training_depth3_batch8", "fff_soft", 3, 8, 1.0, peak_bytes=3 * 2**20),
+    ]
+    made_up = {"suite": "crossover", "of": "auto", "over": "dense", "at_most": 1.3}
+    ratios = [
+        ratio(1.1, True, **made_up, case="inference_batch8"),
+        ratio(1.7, False, **made_up, case="inference_batch9"),
+        ratio(1.2, True, **made_up, case="training_batch8"),
+    ]
+    for suite in ("crossover", "routing", "memory"):
+        pd.DataFrame([r for r in rows if r["suite"] == suite]).to_csv(folder / f"{suite}.csv", index=False)
+    pd.DataFrame(ratios).to_csv(folder / "crossover.ratios.csv", index=False)
+    tables = {t.name: t.frame for t in bench.report(StudyData("b", pd.DataFrame(), pd.DataFrame(), tmp_path)).tables}
+    choice = tables["bench_crossover"]
+    assert list(choice["within 1.3"]) == ["1", "1"] and list(choice["cases"]) == ["2", "1"]
+    assert list(choice["worst case"]) == ["batch9, where dense is best", "batch8, where dense is best"]
+    routing = tables["bench_routing"].iloc[0]
+    assert (routing["auto took"], routing["auto"], routing["dense"]) == ("grouped", "2", "3")
+    assert list(tables["bench_memory"]["fff soft"]) == ["3"]
+    assert tables["bench_targets"].empty

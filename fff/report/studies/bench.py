@@ -13,19 +13,23 @@ from fff.report.tables import MISSING, Table, number
 # Peers that a speed-up is told over, in the order of the columns, and how a reader calls them.
 PEERS = {
     "dense": "dense, training width",
+    "dense_compiled": "the same, compiled",
     "dense_leaf": "dense, one leaf",
     "upstream": "authors' package",
     "gather_bmm": "gather + bmm",
+    "grouped_mm": "grouped_mm",
     "moe_flat": "flat MoE, top-1",
     "fff_grouped": "ours in PyTorch",
 }
 OURS = "fff_native"
 LABELS = {OURS: "FFF, native", "native_op": "its operator alone", **PEERS}
+# Those that are drawn; the compiled dense layer would lie on the plain one.
+_DRAWN = {name: title for name, title in LABELS.items() if name not in ("dense_compiled", "grouped_mm")}
 _COLORS = {
     "dense": figures.DENSE,
-    **dict(zip((name for name in LABELS if name != "dense"), figures.PALETTE, strict=True)),
+    **dict(zip((name for name in _DRAWN if name != "dense"), figures.PALETTE, strict=True)),
 }
-_MARKERS = dict(zip(LABELS, figures.MARKERS + ("*",), strict=True))
+_MARKERS = dict(zip(_DRAWN, figures.MARKERS + ("*",), strict=True))
 _SIZES = ["depth", "batch"]
 
 
@@ -43,6 +47,9 @@ def report(data: StudyData) -> Report:
         "latency": _latency,
         "scaling": _scaling,
         "training": _training,
+        "routing": _routing,
+        "memory": _memory,
+        "crossover": lambda part: _crossover(ratios[ratios["suite"] == "crossover"], part),
     }.items():
         part = rows[rows["suite"] == suite]
         if part.empty:
@@ -54,7 +61,7 @@ def report(data: StudyData) -> Report:
         "speedup": figure_speedup(rows[rows["suite"] == "inference"]),
         "roofline": figure_roofline(rows[rows["suite"].isin(["inference", "scaling"])]),
     }
-    tables = [*made, targets(ratios)]
+    tables = [*made, targets(ratios[ratios["suite"] != "crossover"])]
     return Report(rows, tables, {name: figure for name, figure in drawn.items() if figure is not None}, remarks)
 
 
@@ -141,6 +148,83 @@ def _training(rows: pd.DataFrame) -> Table:
     return Table("bench_training", "Training steps", frame, f"{machine(rows)}. Forward, backward, SGD.", 2)
 
 
+def _routing(rows: pd.DataFrame) -> Table:
+    """Milliseconds of each backend by routes."""
+    kind = {False: "inference", True: "training"}
+    rows = rows[rows["median_s"].notna()]
+    keys = ["gradient", "num_experts", "batch", "routes"]
+    times = rows.astype({"num_experts": int, "batch": int}).pivot_table(
+        index=keys, columns="candidate", values="median_s", sort=False
+    )
+    chosen = rows[rows["candidate"] == "auto"].set_index(keys)
+    frame = pd.DataFrame(
+        {
+            "": [kind[bool(key[0])] for key in times.index],
+            "experts": [str(key[1]) for key in times.index],
+            "batch": [str(key[2]) for key in times.index],
+            "routes": [key[3] for key in times.index],
+            "auto took": list(chosen["backend"]),
+            **{
+                name: [MISSING if pd.isna(value) else f"{1e3 * value:.3g}" for value in times[name]]
+                for name in ("auto", "native", "grouped", "grouped_mm", "gather", "dense")
+                if name in times
+            },
+            "auto, of the floor": [f"{100 * value:.0f} %" for value in chosen["floor_share"]],
+        }
+    )
+    note = (
+        f"{machine(rows)}. Milliseconds of the expert computation alone on given routes, 768 -> 768, 32 units each."
+        " Zipf: the r-th expert is chosen in proportion to 1 / r; trained: the leaves of a tree that was trained"
+        " straight-through with balance loss."
+    )
+    return Table("bench_routing", "Even, skewed and learnt routes", frame, note, 5)
+
+
+def _memory(rows: pd.DataFrame) -> Table:
+    rows = rows[rows["peak_bytes"].notna()].astype(dict.fromkeys(_SIZES, int))
+    kind = rows["case"].str.partition("_")[0]
+    peak = rows.assign(kind=kind).pivot_table(
+        index=["kind", *_SIZES], columns="candidate", values="peak_bytes", sort=False
+    )
+    frame = pd.DataFrame(
+        {
+            "": [key[0] for key in peak.index],
+            "depth": [str(key[1]) for key in peak.index],
+            "batch": [str(key[2]) for key in peak.index],
+            **{
+                name.replace("_", " "): [MISSING if pd.isna(v) else _short(v / 2**20) for v in peak[name]]
+                for name in dict.fromkeys(rows["candidate"])
+            },
+        }
+    )
+    note = (
+        f"{machine(rows)}. MiB that a call holds at once beyond the weights, counted at torch's allocator. 768 -> 768."
+    )
+    return Table("bench_memory", "Peak memory", frame, note, 3)
+
+
+def _crossover(ratios: pd.DataFrame, rows: pd.DataFrame) -> Table:
+    """How far the choice of "auto" is from the best backend, over all cases of a kind."""
+    judged = ratios[ratios["met"].notna()]
+    titles = {"auto": "auto", "auto_pytorch": "auto without native operators"}
+    lines = []
+    for (kind, of), part in judged.groupby([judged["case"].str.partition("_")[0], "of"], sort=False):
+        worst = part.loc[part["median"].idxmax()]
+        lines.append(
+            {
+                "": kind,
+                "choice": titles[of],
+                "cases": str(len(part)),
+                "within 1.3": str(int((part["met"].astype(str) == "True").sum())),
+                "median": _short(part["median"].median()),
+                "worst": _short(worst["median"]),
+                "worst case": f"{worst['case'].partition('_')[2]}, where {worst['over']} is best",
+            }
+        )
+    note = f'{machine(rows)}. Time of the backend that "auto" takes over that of the fastest one in the same case.'
+    return Table("bench_crossover", "The choice of a backend", pd.DataFrame(lines), note, 2)
+
+
 def targets(ratios: pd.DataFrame) -> Table:
     """Every comparison that had a target, met or not."""
     judged = ratios[ratios["met"].notna()]
@@ -177,7 +261,7 @@ def figure_scaling(rows: pd.DataFrame) -> Figure | None:
     figure = Figure(figsize=(3.6 * len(batches), 3.2), layout="constrained")
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         part = rows[rows["batch"] == batch]
-        for name, title in ((n, t) for n, t in LABELS.items() if n in set(part["candidate"])):
+        for name, title in ((n, t) for n, t in _DRAWN.items() if n in set(part["candidate"])):
             line = part[part["candidate"] == name].sort_values("depth")
             color = _COLORS[name]
             axes.plot(
@@ -230,7 +314,7 @@ def figure_roofline(rows: pd.DataFrame) -> Figure | None:
         x = sorted([ends[0], corner, ends[1]])
         label = f"{bandwidth / 1e9:.0f} GB/s, {rate / 1e9:.0f} GFLOP/s"
         axes.plot(x, [min(rate, bandwidth * value) for value in x], color="#666666", linestyle=style, label=label)
-    for name, title in LABELS.items():
+    for name, title in _DRAWN.items():
         part = rows[rows["candidate"] == name]
         if not part.empty:
             done = part["least_flops"] / part["median_s"]
