@@ -115,14 +115,14 @@ def _peer(name: str, call: _Call, gradient: bool) -> tuple[Callable[[], Tensor] 
     if name == "grouped_mm":
         known = call.gate is None and takes_grouped_mm(call.weights.w_out, call.x.shape[1])
         return (lambda: grouped_mm(call.x, call.index[:, 0], *call.weights)) if known else None, name
-    if name == "native" and (gradient or not cpu.available()):
+    if name == "native" and not cpu.available():
         return None, name
-    if name == "auto_pytorch" or name == "auto" and gradient:
+    if name == "auto_pytorch":
         problem = Problem(*call.x.shape, *call.weights.w_out.shape, call.index.shape[1])
         name = backend = resolve_backend("auto", problem, gradient=gradient)
     elif name == "auto":
-        with torch.no_grad():
-            backend = choose_backend("auto", call.x, call.index, call.gate, *call.weights)
+        rows = call.x.detach().requires_grad_(gradient)
+        backend = choose_backend("auto", rows, call.index, call.gate, *call.weights)
     else:
         backend = name
     return partial(call.forward, name), backend

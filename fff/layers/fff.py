@@ -281,8 +281,8 @@ class FFF(RoutedLayer):
             return None
         weights = self._tensors("node_weight", "node_bias", "w_in", "b_in", "w_out", "b_out")
         act = activation_name(self.act)
-        if exporting() or cpu.refusal(act, rows, None, *weights) is not None:
-            return None  # the other way says what is wrong, if "native" was asked for
+        if exporting() or cpu.records_gradient(rows, *weights) or cpu.refusal(act, rows, None, *weights) is not None:
+            return None  # the other way has gradients, or says what is wrong if "native" was asked for
         nodes = *weights[:2], self._buffers["decision_bias"]
         y, index, logit = cpu.tree_mlp(rows, *nodes, self.num_trees, self.depth, *weights[2:], act, self.glu)
         trace = TreeTrace(self.depth, index, visited=logit if self.temperature == 1 else logit / self.temperature)
@@ -311,12 +311,16 @@ class FFF(RoutedLayer):
 
     def _route(self, x: Tensor, soft: bool) -> _Routing:
         """What the tree decides for the rows x, and the losses of these decisions."""
-        nodes = self._nodes()
-        raw = dense_logits(x, nodes, self.depth if soft else min(self.depth, DENSE_LEVELS))
-        top = raw if self.temperature == 1 else raw / self.temperature
         leak = self.region_leak if self.training else 0.0
         if leak:
             self._check_region_leak()  # it may have been set since
+        if not soft and not leak and self._descends_natively(x):
+            nodes = self.node_weight, self.node_bias, self.decision_bias
+            index, visited = cpu.descend(x, *nodes, self.num_trees, self.depth)
+            return self._hard_routing(index, (index % 2**self.depth).unsqueeze(-1), visited)
+        nodes = self._nodes()
+        raw = dense_logits(x, nodes, self.depth if soft else min(self.depth, DENSE_LEVELS))
+        top = raw if self.temperature == 1 else raw / self.temperature
         flip = None
         if leak and not soft:
             flip = torch.rand(x.shape[0], self.num_trees, self.depth, device=x.device) < leak
@@ -330,12 +334,37 @@ class FFF(RoutedLayer):
                 probability = leaf_probability(top, region_leak=leak)
             losses = self._soft_losses(top, leaf, probability) if self.training else {}
             return _Routing(index, probability.flatten(1), losses, TreeTrace(self.depth, index, top.detach()))
-        # Only these need the probability of the path; hard evaluation with one leaf per tree does not.
-        if not (self.training or self.mode == "gated" or self.top_k > 1):
+        if not self._weighs_paths():
             return _Routing(index, None, {}, TreeTrace(self.depth, index, top.detach()))
+        return self._hard_routing(index, leaf, path_logits(x, nodes, path_to(leaf, self.depth).node, raw), top, flip)
+
+    def _descends_natively(self, x: Tensor) -> bool:
+        """Whether the native descent does all that is asked for: one leaf per tree, and nodes on its way alone."""
+        if self.trace_nodes or self.node_balance_weight or not self.beam_width == self.node_width == 1:
+            return False
+        wanted = self.backend in ("auto", "native") and self.node_weight.dtype == torch.float32 and not exporting()
+        return wanted and cpu.refusal("identity", x, None, self.node_weight, self.node_bias) is None
+
+    def _weighs_paths(self) -> bool:
+        """Hard evaluation with one leaf per tree needs no probability of the path."""
+        return self.training or self.mode == "gated" or self.top_k > 1
+
+    def _hard_routing(
+        self, index: Tensor, leaf: Tensor, visited: Tensor, top: Tensor | None = None, flip: Tensor | None = None
+    ) -> _Routing:
+        """Weights and losses of the paths to given leaves.
+
+        leaf: (T, P, K), counted within each tree.  visited: (T, P, K, d) logits on the way there, not yet divided by
+        the temperature.  top: (T, P, M), divided by it; None where only the nodes on the way were evaluated.
+        """
+        if self.temperature != 1:
+            visited = visited / self.temperature
+        levels = 0 if top is None else min(self.depth, DENSE_LEVELS)
+        deep = visited.detach()[..., levels:] if top is None or self.depth > levels else None
+        trace = TreeTrace(self.depth, index, None if top is None else top.detach(), deep)
+        if not self._weighs_paths():
+            return _Routing(index, None, {}, trace)
         path = path_to(leaf, self.depth)
-        visited = path_logits(x, nodes, path.node, raw)
-        visited = visited if self.temperature == 1 else visited / self.temperature
         # A leak swaps a node's probabilities, so the child that is taken weighs what the other one would have.
         decided = path.right if flip is None else path.right ^ flip.unsqueeze(2)
         log_p = path_log_probability(visited, decided)
@@ -344,9 +373,7 @@ class FFF(RoutedLayer):
             # is exactly 1, as exp(0) is.
             log_p = log_p - log_p.logsumexp(-1, keepdim=True).detach()
         losses = self._hard_losses(top, visited, path, decided) if self.training else {}
-        levels = min(self.depth, DENSE_LEVELS)
-        deep = visited.detach()[..., levels:] if self.depth > levels else None
-        return _Routing(index, log_p.exp().flatten(1), losses, TreeTrace(self.depth, index, top.detach(), deep))
+        return _Routing(index, log_p.exp().flatten(1), losses, trace)
 
     def _soft_losses(self, logits: Tensor, leaf: Tensor, probability: Tensor) -> dict[str, Tensor]:
         if self.depth == 0:
@@ -360,7 +387,7 @@ class FFF(RoutedLayer):
             losses["node_balance"] = self._mean_over_trees(lambda p: balance.node_balance(logits[:, p]))
         return losses
 
-    def _hard_losses(self, top: Tensor, visited: Tensor, path: Path, decided: Tensor) -> dict[str, Tensor]:
+    def _hard_losses(self, top: Tensor | None, visited: Tensor, path: Path, decided: Tensor) -> dict[str, Tensor]:
         if self.depth == 0:
             return {}
         losses = {}
@@ -380,11 +407,12 @@ class FFF(RoutedLayer):
         return torch.stack([loss(p) for p in range(self.num_trees)]).mean()
 
     def _record(self, routing: _Routing, backend: str) -> Record:
-        aux = routing.trace.top.new_zeros(())
+        trace = routing.trace
+        aux = (trace.visited if trace.top is None else trace.top).new_zeros(())
         for name, loss in routing.losses.items():
             aux = aux + getattr(self, f"{name}_weight") * loss
         raw = {name: loss.detach() for name, loss in routing.losses.items()}
-        return Record(aux, raw, routing.index, self.num_leaves, backend, routing.trace)
+        return Record(aux, raw, routing.index, self.num_leaves, backend, trace)
 
     @torch.no_grad()
     def update_bias(self) -> None:

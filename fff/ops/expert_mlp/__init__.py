@@ -11,9 +11,9 @@ Backends compute the same function and the same gradients; they differ in cost:
 | dense     | every expert for every row, two matmuls         | soft mixtures; small layers                       |
 | grouped   | sort, then one matmul per expert that is hit    | hard routes, training and large batches           |
 | gather    | one copy of an expert per choice                | a few rows, export to other runtimes              |
-| native    | as grouped, each expert read once, one C++ call | hard routes on a CPU where no gradient is recorded |
+| native    | as grouped, each expert read once, one C++ call | hard routes on a CPU, training and evaluation     |
 
-"native" needs `python -m fff.build`, a named activation, and float32 or bfloat16.
+"native" needs `python -m fff.build`, a named activation, no dropout, and float32 (without gradients also bfloat16).
 "grouped" reads group sizes on the host: it has no second derivative, and neither `torch.func` transforms nor
 `torch.jit.trace` can take it; ask for "gather" there.
 """
@@ -91,9 +91,7 @@ def choose_backend(
     export = exporting()
     native = gradient = False
     if index is not None and backend == "auto":
-        gradient = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, gate, w_in, b_in, w_out, b_out)
-        )
+        gradient = cpu.records_gradient(x, gate, w_in, b_in, w_out, b_out)
     if index is not None and (backend == "native" or backend == "auto" and not export):
         name = activation_name(resolve_activation(activation))
         reason = cpu.refusal(name, x, gate, w_in, b_in, w_out, b_out, dropout=dropout)

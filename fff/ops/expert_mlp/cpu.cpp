@@ -12,14 +12,17 @@
 // Every sum of a row is taken in an order that depends on D, L and K alone. So a row's result has the same bits in any
 // batch, whatever the number of threads and whichever rows share its tile.
 //
-// Limits. Forward only; float32, or bfloat16 weights and rows with float32 sums; contiguous weights; T K < 2^31.
+// Limits. Forward: float32, or bfloat16 weights and rows with float32 sums. Backward: float32, once. Contiguous weights;
+// T K < 2^31.
 
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -408,6 +411,232 @@ void run(const Call<W>& call, const int64_t* index, int64_t T) {
   });
 }
 
+// ---- backward of the experts
+//
+// For a choice with pre-activations p = w_in x + b_in, hidden units h = act(p) and g = gate * dL/dy:
+//   dL/dh = w_out g,  dL/dp = dL/dh act'(p),  dL/dx += w_in^T dL/dp,  dL/dgate = dL/dy . (w_out^T h + b_out),
+//   dL/dw_out += h g^T,  dL/db_out += g,  dL/dw_in += dL/dp x^T,  dL/db_in += dL/dp.
+// p is computed again rather than kept. All choices of an expert belong to one thread, which adds them up in their
+// order; where a row has several experts its own gradient is added up in a second pass, row by row.
+
+// out[r] (+)= sum over k < n of coef[r * by_row + k * by_term] * src[k], in V vectors of columns, the last one of `last`.
+template <int R, int V, bool whole>
+[[gnu::noinline]] void combine(
+    const float* coef, int64_t by_row, int64_t by_term, int64_t n, const float* const* src, float* const* out, bool add,
+    int64_t column, int64_t last) {
+  Lanes acc[R][V] = {};
+  for (int64_t k = 0; k < n; ++k) {
+    Lanes term[V];
+    UNROLL for (int v = 0; v < V; ++v)
+      term[v] = whole || v + 1 < V ? load(src[k] + column + v * VL) : load(src[k] + column + v * VL, last);
+    UNROLL for (int r = 0; r < R; ++r)
+      UNROLL for (int v = 0; v < V; ++v) acc[r][v] += coef[r * by_row + k * by_term] * term[v];
+  }
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int v = 0; v < V; ++v) {
+      float* p = out[r] + column + v * VL;
+      Lanes value = acc[r][v];
+      if (whole || v + 1 < V) {
+        if (add) value += load(p);
+        std::memcpy(p, &value, sizeof value);
+      } else {
+        if (add) value += load(p, last);
+        std::memcpy(p, &value, last * sizeof(float));
+      }
+    }
+}
+
+// The same for any number of rows, in columns [begin, end).
+void combine_rows(
+    const float* coef, int64_t by_row, int64_t by_term, int64_t n, const float* const* src, float* const* out,
+    int64_t rows, bool add, int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < rows; r += MAX_ROWS)
+    with_constant<MAX_ROWS>(int(std::min<int64_t>(MAX_ROWS, rows - r)), [&](auto R) {
+      constexpr int V = std::min(12, ACCUMULATORS / R.value);
+      for (int64_t column = begin; column < end; column += V * VL) {
+        const int64_t columns = std::min<int64_t>(V * VL, end - column), vectors = (columns + VL - 1) / VL;
+        const int64_t last = columns - (vectors - 1) * VL;
+        with_constant<V>(int(vectors), [&](auto count) {
+          auto tile = last == VL ? combine<R.value, count.value, true> : combine<R.value, count.value, false>;
+          tile(coef + r * by_row, by_row, by_term, n, src, out + r, add, column, last);
+        });
+      }
+    });
+}
+
+// out[r * rows_apart + u] += row[r] . unit[u], for any numbers of rows and units.
+void dot_rows(
+    const float* const* row, int64_t rows, const float* unit, int64_t units, int64_t stride, int64_t n, float* out,
+    int64_t rows_apart) {
+  for (int64_t r = 0; r < rows; r += MAX_ROWS)
+    with_constant<MAX_ROWS>(int(std::min<int64_t>(MAX_ROWS, rows - r)), [&](auto R) {
+      constexpr int U = std::min(8, ACCUMULATORS / R.value);
+      for (int64_t u = 0; u < units; u += U)
+        with_constant<U>(int(std::min<int64_t>(U, units - u)), [&](auto count) {
+          dots<R.value, count.value>(
+              row + r, unit + u * stride, stride, n, out + r * rows_apart + u, rows_apart, 0);
+        });
+    });
+}
+
+// d act(v) / dv.
+inline Vec slope(Activation activation, const Vec& v) {
+  const Vec zero(0.f), one(1.f);
+  switch (activation) {
+    case Activation::relu:
+      return Vec::blendv(one, zero, v <= zero);  // a nan passes, as in PyTorch
+    case Activation::gelu: {
+      Vec below = Vec(0.5f) * (one + (v * Vec(float(M_SQRT1_2))).erf());
+      return below + v * Vec(float(M_2_SQRTPI * M_SQRT1_2 / 2)) * (Vec(-0.5f) * v * v).exp();
+    }
+    case Activation::silu: {
+      Vec share = one / (one + v.neg().exp());
+      return share * (one + v * (one - share));
+    }
+    case Activation::relu2:
+      return Vec(2.f) * at::vec::clamp_min(v, zero);
+    default:
+      return one;
+  }
+}
+
+// From dL/dh (L,) to dL/dp (H,), in the place of the pre-activations p.
+inline void deactivate(Activation activation, bool glu, float* pre, const float* grad_hidden, int64_t L) {
+  for (int64_t i = 0; i < L; i += VL) {
+    const int64_t n = std::min(VL, L - i);
+    Vec v = Vec::loadu(pre + i, n), grad = Vec::loadu(grad_hidden + i, n);
+    if (glu) {
+      Vec other = Vec::loadu(pre + L + i, n);
+      (grad * apply(activation, v)).store(pre + L + i, n);
+      grad = grad * other;
+    }
+    (grad * slope(activation, v)).store(pre + i, n);
+  }
+}
+
+// Where a gradient goes; null: it is not asked for. grad_y (T, O) is that of the result.
+struct Gradients {
+  const float* grad_y;
+  float *x, *gate, *w_in, *b_in, *w_out, *b_out;
+  float* pre;  // (T, K, H): dL/dp of every choice, where the gradient of the rows is left to a second pass
+};
+
+struct BackwardScratch {
+  std::vector<float> pre, hidden, grad_hidden;
+};
+
+// The choices [first, last) of one expert, at most GROUP_ROWS; `add`: some came before.
+void run_group_backward(
+    const Call<float>& call, const Gradients& grad, const Choice* first, const Choice* last, bool add,
+    BackwardScratch& scratch) {
+  const Experts<float>& e = call.experts;
+  const int64_t n = last - first, expert = first->expert;
+  float *pre = scratch.pre.data(), *hidden = scratch.hidden.data(), *grad_hidden = scratch.grad_hidden.data();
+  std::array<const float*, GROUP_ROWS> x, grad_y;
+  std::array<float, GROUP_ROWS> gate;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = first[i].place / call.K;
+    x[i] = call.x + row * e.D;
+    grad_y[i] = grad.grad_y + row * e.O;
+    gate[i] = call.gate ? call.gate[first[i].place] : 1.f;
+    for (int64_t u = 0; u < e.H; ++u) pre[i * e.H + u] = e.b_in ? e.b_in[expert * e.H + u] : 0.f;
+  }
+  dot_rows(x.data(), n, e.w_in + expert * e.H * e.D, e.H, e.D, e.D, pre, e.H);
+  for (int64_t i = 0; i < n; ++i) activate(e.activation, e.glu, pre + i * e.H, hidden + i * e.L, e.L);
+
+  // grad_hidden without the gate first: with the hidden units it gives the gate's own gradient.
+  std::fill_n(grad_hidden, n * e.L, 0.f);
+  dot_rows(grad_y.data(), n, e.w_out + expert * e.L * e.O, e.L, e.O, e.O, grad_hidden, e.L);
+  const float* b_out = e.b_out ? e.b_out + expert * e.O : nullptr;
+  for (int64_t i = 0; i < n; ++i) {
+    float* of_hidden = grad_hidden + i * e.L;
+    if (grad.gate) {
+      float total = 0.f;
+      for (int64_t l = 0; l < e.L; ++l) total += hidden[i * e.L + l] * of_hidden[l];
+      if (b_out)
+        for (int64_t o = 0; o < e.O; ++o) total += grad_y[i][o] * b_out[o];
+      grad.gate[first[i].place] = total;
+    }
+    for (int64_t l = 0; l < e.L; ++l) of_hidden[l] *= gate[i];
+    for (int64_t l = 0; l < e.L; ++l) hidden[i * e.L + l] *= gate[i];  // from here on for w_out alone
+    deactivate(e.activation, e.glu, pre + i * e.H, of_hidden, e.L);
+    if (grad.pre) std::copy_n(pre + i * e.H, e.H, grad.pre + first[i].place * e.H);
+  }
+
+  std::vector<float*> out(std::max(e.H, n));
+  if (grad.w_out) {
+    for (int64_t l = 0; l < e.L; ++l) out[l] = grad.w_out + (expert * e.L + l) * e.O;
+    combine_rows(hidden, 1, e.L, n, grad_y.data(), out.data(), e.L, add, 0, e.O);
+  }
+  if (grad.b_out) {
+    out[0] = grad.b_out + expert * e.O;
+    combine_rows(gate.data(), 0, 1, n, grad_y.data(), out.data(), 1, add, 0, e.O);
+  }
+  if (grad.w_in) {
+    for (int64_t u = 0; u < e.H; ++u) out[u] = grad.w_in + (expert * e.H + u) * e.D;
+    combine_rows(pre, 1, e.H, n, x.data(), out.data(), e.H, add, 0, e.D);
+  }
+  if (grad.b_in)
+    for (int64_t u = 0; u < e.H; ++u) {
+      float total = add ? grad.b_in[expert * e.H + u] : 0.f;
+      for (int64_t i = 0; i < n; ++i) total += pre[i * e.H + u];
+      grad.b_in[expert * e.H + u] = total;
+    }
+  if (grad.x && !grad.pre) {
+    std::vector<const float*> unit(e.H);
+    for (int64_t u = 0; u < e.H; ++u) unit[u] = e.w_in + (expert * e.H + u) * e.D;
+    for (int64_t i = 0; i < n; ++i) out[i] = grad.x + first[i].place * e.D;
+    combine_rows(pre, e.H, 1, e.H, unit.data(), out.data(), n, false, 0, e.D);
+  }
+}
+
+// Weight gradients start as zeros, and so does that of the rows.
+void run_backward(const Call<float>& call, const Gradients& grad, const int64_t* index, int64_t T) {
+  const Experts<float>& e = call.experts;
+  std::vector<Choice> choices = collect(index, 0, T, call.K, e.E);
+  while (!choices.empty() && choices.back().expert == e.E) choices.pop_back();  // left out
+  const int64_t total = int64_t(choices.size());
+  const int64_t work = std::max<int64_t>(1, 3 * (e.H * e.D + e.L * e.O)), grain = std::max<int64_t>(1, GRAIN / work);
+  // Shares of about the same number of choices, that end where an expert ends.
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), (total + grain - 1) / grain));
+  std::vector<int64_t> share{0};
+  for (int64_t i = 1; i < total; ++i)
+    if (choices[i].expert != choices[i - 1].expert && i * threads >= total * int64_t(share.size())) share.push_back(i);
+  share.push_back(total);
+  at::parallel_for(0, int64_t(share.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rows = std::min<int64_t>(GROUP_ROWS, total);
+    BackwardScratch scratch;
+    scratch.pre.resize(rows * e.H);
+    scratch.hidden.resize(rows * e.L);
+    scratch.grad_hidden.resize(rows * e.L);
+    const Choice *first = choices.data() + share[begin], *stop = choices.data() + share[end], *before = nullptr;
+    while (first != stop) {
+      const Choice* last = first;
+      while (last != stop && last->expert == first->expert && last - first < GROUP_ROWS) ++last;
+      run_group_backward(call, grad, first, last, before && before->expert == first->expert, scratch);
+      before = first;
+      first = last;
+    }
+  });
+  if (!(grad.x && grad.pre)) return;
+  at::parallel_for(0, T, grain, [&](int64_t begin, int64_t end) {
+    std::vector<Choice> own = collect(index, begin, end, call.K, e.E);
+    std::vector<float> coef(GROUP_ROWS * e.H);
+    std::vector<const float*> unit(e.H);
+    std::array<float*, GROUP_ROWS> out;
+    for (const Choice *first = own.data(), *stop = first + own.size(); first != stop && first->expert < e.E;) {
+      int64_t n = 0;
+      const int64_t expert = first->expert;
+      for (; first != stop && first->expert == expert && n < GROUP_ROWS; ++first, ++n) {
+        std::copy_n(grad.pre + first->place * e.H, e.H, coef.data() + n * e.H);
+        out[n] = grad.x + first->place / call.K * e.D;
+      }
+      for (int64_t u = 0; u < e.H; ++u) unit[u] = e.w_in + (expert * e.H + u) * e.D;
+      combine_rows(coef.data(), e.H, 1, e.H, unit.data(), out.data(), n, true, 0, e.D);
+    }
+  });
+}
+
 // ---- descent
 
 template <class W>
@@ -465,6 +694,58 @@ void descend(const Tree<W>& tree, const W* x, int64_t T, int64_t* index, float* 
         }
         for (int r = 0; r < rows; ++r) index[(first + r) * tree.P + p] = node[r] - tree.N + p * (tree.N + 1);
       }
+    }
+  });
+}
+
+// ---- backward of the descent
+
+// From the gradients of the logits on the way, (T, P, d), to those of nodes and rows; null: not asked for. weight and
+// bias start as zeros. The rows of a node are neighbours once they are sorted by leaf, so a node is written once.
+void descend_backward(
+    const Tree<float>& tree, const float* x, int64_t T, const int64_t* index, const float* grad, float* grad_x,
+    float* grad_weight, float* grad_bias) {
+  const int64_t leaves = tree.N + 1, step = tree.P * tree.depth;
+  auto node_at = [&](int64_t leaf, int level) { return ((leaf + leaves) >> (tree.depth - level)) - 1; };
+  for (int64_t p = 0; p < tree.P; ++p) {
+    std::vector<Choice> order(T);
+    for (int64_t i = 0; i < T; ++i) order[i] = {int32_t(index[i * tree.P + p] - p * leaves), int32_t(i)};
+    sort_by_expert(order, leaves);
+    if (grad_bias)
+      for (const Choice& c : order)
+        for (int level = 0; level < tree.depth; ++level)
+          grad_bias[p * tree.N + node_at(c.expert, level)] += grad[c.place * step + p * tree.depth + level];
+    if (!grad_weight) continue;
+    std::vector<const float*> row(T);
+    std::vector<float> coef(T * tree.depth);
+    for (int64_t i = 0; i < T; ++i) {
+      row[i] = x + order[i].place * tree.D;
+      for (int level = 0; level < tree.depth; ++level)
+        coef[level * T + i] = grad[order[i].place * step + p * tree.depth + level];
+    }
+    const int64_t work = std::max<int64_t>(1, T * tree.depth);
+    at::parallel_for(0, tree.D, std::max<int64_t>(4 * VL, GRAIN / work), [&](int64_t begin, int64_t end) {
+      for (int level = 0; level < tree.depth; ++level)
+        for (int64_t first = 0, last; first < T; first = last) {
+          const int64_t node = node_at(order[first].expert, level);
+          for (last = first + 1; last < T && node_at(order[last].expert, level) == node;) ++last;
+          float* out = grad_weight + (p * tree.N + node) * tree.D;
+          combine_rows(
+              coef.data() + level * T + first, 0, 1, last - first, row.data() + first, &out, 1, false, begin, end);
+        }
+    });
+  }
+  if (!grad_x) return;
+  const int64_t work = std::max<int64_t>(1, step * tree.D);
+  at::parallel_for(0, T, std::max<int64_t>(1, GRAIN / work), [&](int64_t begin, int64_t end) {
+    std::vector<const float*> weight(step);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t p = 0; p < tree.P; ++p)
+        for (int level = 0; level < tree.depth; ++level)
+          weight[p * tree.depth + level] =
+              tree.weight + (p * tree.N + node_at(index[i * tree.P + p] - p * leaves, level)) * tree.D;
+      float* out = grad_x + i * tree.D;
+      combine_rows(grad + i * step, 0, 1, step, weight.data(), &out, 1, false, 0, tree.D);
     }
   });
 }
@@ -545,6 +826,99 @@ Tensor expert_mlp(
   });
 }
 
+// Gradients of expert_mlp for x, gate, w_in, b_in, w_out, b_out; an empty tensor for each that is not needed.
+std::vector<Tensor> expert_mlp_backward(
+    const Tensor& grad_y, const Tensor& x, const Tensor& index, const std::optional<Tensor>& gate, const Tensor& w_in,
+    const std::optional<Tensor>& b_in, const Tensor& w_out, const std::optional<Tensor>& b_out,
+    c10::string_view activation, bool glu, const c10::List<bool>& need) {
+  TORCH_CHECK_TYPE(w_in.scalar_type() == at::kFloat, "weights have dtype ", w_in.scalar_type(), ", not float32");
+  TORCH_CHECK_VALUE(need.size() == 6, "need has ", need.size(), " entries, not 6");
+  Tensor rows = x.contiguous(), chosen = index.contiguous(), grad = grad_y.contiguous();
+  Weights w(w_in, b_in, w_out, b_out);
+  auto experts = experts_of<float>(rows, w, activation, glu);
+  const int64_t T = x.size(0), K = index.dim() == 2 ? index.size(1) : 0;
+  check_like("index", chosen, {T, K}, at::kLong);
+  check_like("gate", gate, {T, K}, at::kFloat);
+  TORCH_CHECK_VALUE(T * K < (int64_t(1) << 31), T, " rows with ", K, " choices are too many for one call");
+  check_like("grad_y", grad, {T, experts.O}, at::kFloat);
+  Tensor weight = gate ? gate->contiguous() : Tensor();
+  std::vector<Tensor> found;
+  for (const auto& [i, like] : {std::pair(0, &rows), {1, &weight}, {2, &w.w_in}, {3, w.b_in ? &*w.b_in : nullptr},
+                                {4, &w.w_out}, {5, w.b_out ? &*w.b_out : nullptr}})
+    found.push_back(need.get(i) && like && like->defined() ? at::zeros_like(*like) : at::empty({0}, rows.options()));
+  auto out = [&](int i) { return need.get(i) ? found[i].mutable_data_ptr<float>() : nullptr; };
+  Tensor pre = need.get(0) && K > 1 ? at::empty({T, K, experts.H}, rows.options()) : Tensor();
+  Call<float> call{
+      experts, rows.const_data_ptr<float>(), gate ? weight.const_data_ptr<float>() : nullptr, K, nullptr};
+  Gradients gradients{
+      grad.const_data_ptr<float>(), out(0), out(1), out(2), out(3), out(4), out(5),
+      pre.defined() ? pre.mutable_data_ptr<float>() : nullptr};
+  run_backward(call, gradients, chosen.const_data_ptr<int64_t>(), T);
+  return found;
+}
+
+template <class W>
+Tree<W> tree_of(
+    const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& shift, int64_t num_trees, int64_t depth) {
+  const int64_t nodes = (int64_t(1) << depth) - 1, D = weight.size(1);
+  check_like("node_weight", weight, {num_trees * nodes, D}, c10::CppTypeToScalarType<W>::value);
+  check_like("node_bias", bias, {num_trees * nodes}, c10::CppTypeToScalarType<W>::value);
+  TORCH_CHECK_VALUE(!shift.defined() || shift.numel() == num_trees * nodes, "decision_bias must have one number per node");
+  return {
+      weight.const_data_ptr<W>(), data_or_null<W>(bias), shift.defined() ? shift.const_data_ptr<float>() : nullptr,
+      num_trees, nodes, D, int(depth)};
+}
+
+Tensor shift_of(const std::optional<Tensor>& decision_bias) {
+  return decision_bias ? decision_bias->to(at::kFloat).contiguous() : Tensor();
+}
+
+void check_tree(const Tensor& x, const Tensor& node_weight, int64_t num_trees, int64_t depth) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && node_weight.dim() == 2 && x.size(1) == node_weight.size(1), "x ", x.sizes(), " does not fit nodes ",
+      node_weight.sizes());
+  TORCH_CHECK_VALUE(depth >= 0 && depth < 31 && num_trees >= 1, num_trees, " trees of depth ", depth);
+  TORCH_CHECK_VALUE(x.size(0) * num_trees < (int64_t(1) << 31), x.size(0), " rows are too many for one call");
+}
+
+std::tuple<Tensor, Tensor> descend_rows(
+    const Tensor& x, const Tensor& node_weight, const std::optional<Tensor>& node_bias,
+    const std::optional<Tensor>& decision_bias, int64_t num_trees, int64_t depth) {
+  check_tree(x, node_weight, num_trees, depth);
+  check_like("x", x, x.sizes(), at::kFloat);
+  Tensor rows = x.contiguous(), weight = node_weight.contiguous(), shift = shift_of(decision_bias);
+  std::optional<Tensor> bias = contiguous(node_bias);
+  Tree<float> tree = tree_of<float>(weight, bias, shift, num_trees, depth);
+  Tensor index = at::empty({x.size(0), num_trees}, x.options().dtype(at::kLong));
+  Tensor logit = at::empty({x.size(0), num_trees, 1, depth}, x.options());
+  descend(
+      tree, rows.const_data_ptr<float>(), x.size(0), index.mutable_data_ptr<int64_t>(), logit.mutable_data_ptr<float>());
+  return {index, logit};
+}
+
+// Gradients of the logits for x, node_weight, node_bias; an empty tensor for each that is not needed.
+std::tuple<Tensor, Tensor, Tensor> descend_rows_backward(
+    const Tensor& grad_logit, const Tensor& x, const Tensor& node_weight, const Tensor& index, int64_t num_trees,
+    int64_t depth, bool need_x, bool need_weight, bool need_bias) {
+  check_tree(x, node_weight, num_trees, depth);
+  check_like("x", x, x.sizes(), at::kFloat);
+  check_like("grad_logit", grad_logit, {x.size(0), num_trees, 1, depth}, at::kFloat);
+  check_like("index", index, {x.size(0), num_trees}, at::kLong);
+  Tensor rows = x.contiguous(), weight = node_weight.contiguous(), grad = grad_logit.contiguous();
+  Tensor chosen = index.contiguous();
+  Tree<float> tree = tree_of<float>(weight, std::nullopt, Tensor(), num_trees, depth);
+  auto room = [&](bool need, at::IntArrayRef shape) {
+    return need ? at::zeros(shape, rows.options()) : at::empty({0}, rows.options());
+  };
+  Tensor grad_x = room(need_x, rows.sizes()), grad_weight = room(need_weight, weight.sizes());
+  Tensor grad_bias = room(need_bias, {weight.size(0)});
+  descend_backward(
+      tree, rows.const_data_ptr<float>(), x.size(0), chosen.const_data_ptr<int64_t>(), grad.const_data_ptr<float>(),
+      need_x ? grad_x.mutable_data_ptr<float>() : nullptr, need_weight ? grad_weight.mutable_data_ptr<float>() : nullptr,
+      need_bias ? grad_bias.mutable_data_ptr<float>() : nullptr);
+  return {grad_x, grad_weight, grad_bias};
+}
+
 std::tuple<Tensor, Tensor, Tensor> tree_mlp(
     const Tensor& x, const Tensor& node_weight, const std::optional<Tensor>& node_bias,
     const std::optional<Tensor>& decision_bias, int64_t num_trees, int64_t depth, const Tensor& w_in,
@@ -559,16 +933,9 @@ std::tuple<Tensor, Tensor, Tensor> tree_mlp(
     TORCH_CHECK_VALUE(
         depth >= 0 && depth < 31 && num_trees >= 1 && experts.E == num_trees << depth, experts.E,
         " experts are not the leaves of ", num_trees, " trees of depth ", depth);
-    const int64_t nodes = (int64_t(1) << depth) - 1;
-    check_like("node_weight", node_weight, {num_trees * nodes, experts.D}, w_in.scalar_type());
-    check_like("node_bias", node_bias, {num_trees * nodes}, w_in.scalar_type());
-    Tensor shift = decision_bias ? decision_bias->to(at::kFloat).contiguous() : Tensor();
-    TORCH_CHECK_VALUE(!decision_bias || shift.numel() == num_trees * nodes, "decision_bias must have one number per node");
-    Tree<W> tree{
-        node_rows.const_data_ptr<W>(),
-        data_or_null<W>(node_shift),
-        decision_bias ? shift.const_data_ptr<float>() : nullptr,
-        num_trees, nodes, experts.D, int(depth)};
+    check_tree(x, node_rows, num_trees, depth);
+    Tensor shift = shift_of(decision_bias);
+    Tree<W> tree = tree_of<W>(node_rows, node_shift, shift, num_trees, depth);
     Tensor index = at::empty({x.size(0), num_trees}, x.options().dtype(at::kLong));
     Tensor logit = at::empty({x.size(0), num_trees, 1, depth}, x.options().dtype(at::kFloat));
     descend(tree, rows.const_data_ptr<W>(), x.size(0), index.mutable_data_ptr<int64_t>(), logit.mutable_data_ptr<float>());
@@ -614,9 +981,24 @@ TORCH_LIBRARY_FRAGMENT(fff, library) {
       "native_tree_mlp(Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? decision_bias, int num_trees, int depth, "
       "Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str activation, bool glu) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  library.def(
+      "native_expert_mlp_backward(Tensor grad_y, Tensor x, Tensor index, Tensor? gate, Tensor w_in, Tensor? b_in, "
+      "Tensor w_out, Tensor? b_out, str activation, bool glu, bool[] need) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
+  library.def(
+      "native_descend(Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? decision_bias, int num_trees, int depth) "
+      "-> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  library.def(
+      "native_descend_backward(Tensor grad_logit, Tensor x, Tensor node_weight, Tensor index, int num_trees, int depth, "
+      "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fff, CPU, library) {
+  library.impl("native_expert_mlp_backward", &expert_mlp_backward);
+  library.impl("native_descend", &descend_rows);
+  library.impl("native_descend_backward", &descend_rows_backward);
   library.impl("native_expert_mlp", &expert_mlp);
   library.impl("native_tree_mlp", &tree_mlp);
 }

@@ -1,5 +1,7 @@
 """Native operators for hard routes on a CPU: `python -m fff.build` compiles cpu.cpp once, this module finds the result.
 
+Their gradients are native too, in float32; there is no second derivative.
+
 T rows, D input width, O output width, E experts, L expert width, K chosen experts, P trees, d depth, N = 2^d - 1 nodes.
 
 Nothing here needs a compiler: without a compiled library `available()` is False and "auto" takes a PyTorch backend.
@@ -11,11 +13,12 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fff.ops.activation import activation_name
 
@@ -80,6 +83,28 @@ if _available:
             x.new_empty(x.shape[0], num_trees, 1, depth, dtype=torch.float32),
         )
 
+    @torch.library.register_fake("fff::native_expert_mlp_backward")
+    def _(grad_y, x, index, gate, w_in, b_in, w_out, b_out, activation, glu, need):
+        inputs = x, gate, w_in, b_in, w_out, b_out
+        return [
+            x.new_empty(0) if t is None or not needed else x.new_empty(t.shape)
+            for t, needed in zip(inputs, need, strict=True)
+        ]
+
+    @torch.library.register_fake("fff::native_descend")
+    def _(x, node_weight, node_bias, decision_bias, num_trees, depth):
+        rows = x.shape[0]
+        return x.new_empty(rows, num_trees, dtype=torch.int64), x.new_empty(rows, num_trees, 1, depth)
+
+    @torch.library.register_fake("fff::native_descend_backward")
+    def _(grad_logit, x, node_weight, index, num_trees, depth, need_x, need_weight, need_bias):
+        nodes = node_weight.shape[0]
+        return (
+            x.new_empty(x.shape if need_x else 0),
+            x.new_empty(node_weight.shape if need_weight else 0),
+            x.new_empty(nodes if need_bias else 0),
+        )
+
 
 def refusal(
     activation: str | None, x: Tensor, gate: Tensor | None, *weights: Tensor | None, dropout: float = 0.0
@@ -94,11 +119,59 @@ def refusal(
         return f"it has no dropout, which is {dropout!r}"
     if activation is None:
         return "it knows activations by name alone"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, *weights)):
-        return "it records no gradient; use torch.no_grad()"
     if not (x.is_cpu and weights[0].dtype in _DTYPES):
         return f"it takes float32 and bfloat16 on the CPU, not {weights[0].dtype} on {x.device}"
+    if weights[0].dtype != torch.float32 and records_gradient(x, gate, *weights):
+        return f"it has gradients in float32 alone, not in {weights[0].dtype}; use torch.no_grad()"
     return None
+
+
+def records_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a function of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _given(gradients: Iterable[Tensor], needed: Iterable[bool]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, gate, w_in, b_in, w_out, b_out, activation, glu):
+        ctx.save_for_backward(x, index, gate, w_in, b_in, w_out, b_out)
+        ctx.call = activation, glu
+        return torch.ops.fff.native_expert_mlp.default(x, index, gate, w_in, b_in, w_out, b_out, activation, glu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, index, gate, *weights = ctx.saved_tensors
+        need = [needed for i, needed in enumerate(ctx.needs_input_grad[:7]) if i != 1]
+        dtype = weights[0].dtype  # that of rows, gates and result is another one under autocast
+        found = torch.ops.fff.native_expert_mlp_backward.default(
+            grad_y.to(dtype), x.to(dtype), index, None if gate is None else gate.to(dtype), *weights, *ctx.call, need
+        )
+        grad_x, grad_gate, *grad_weights = _given(found, need)
+        grad_x = None if grad_x is None else grad_x.to(x.dtype)
+        grad_gate = None if grad_gate is None else grad_gate.to(gate.dtype)
+        return grad_x, None, grad_gate, *grad_weights, None, None
+
+
+class _Descend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, node_weight, node_bias, decision_bias, num_trees, depth):
+        index, logit = torch.ops.fff.native_descend.default(x, node_weight, node_bias, decision_bias, num_trees, depth)
+        ctx.save_for_backward(x, node_weight, index)
+        ctx.call = num_trees, depth
+        ctx.mark_non_differentiable(index)
+        return index, logit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, grad_logit):
+        need = ctx.needs_input_grad[:3]
+        found = torch.ops.fff.native_descend_backward.default(grad_logit, *ctx.saved_tensors, *ctx.call, *need)
+        return *_given(found, need), None, None, None
 
 
 def native(
@@ -114,7 +187,26 @@ def native(
     dropout: float,
 ) -> Tensor:
     assert index is not None and not dropout, "native needs chosen experts and no dropout"
-    return torch.ops.fff.native_expert_mlp.default(x, index, gate, w_in, b_in, w_out, b_out, activation_name(act), glu)
+    call = x, index, gate, w_in, b_in, w_out, b_out, activation_name(act), glu
+    if records_gradient(x, gate, w_in, b_in, w_out, b_out):
+        return _ExpertMLP.apply(*call)
+    return torch.ops.fff.native_expert_mlp.default(*call)
+
+
+def descend(
+    x: Tensor,
+    node_weight: Tensor,
+    node_bias: Tensor | None,
+    decision_bias: Tensor | None,
+    num_trees: int,
+    depth: int,
+) -> tuple[Tensor, Tensor]:
+    """The descent of `tree_mlp` alone, in float32: leaf of each row in each tree (T, P), counted over all trees, and
+    the logits on the way, (T, P, 1, d), differentiable."""
+    call = x, node_weight, node_bias, decision_bias, num_trees, depth
+    if records_gradient(x, node_weight, node_bias):
+        return _Descend.apply(*call)
+    return torch.ops.fff.native_descend.default(*call)
 
 
 def tree_mlp(
