@@ -48,6 +48,8 @@ class Config:
     """Everything a run depends on. Open nodes take any key that their `_target_` takes (`check`)."""
 
     study: str = "scratch"
+    # Name of the recipe; its file sets it.
+    recipe: str | None = None
     seed: int = 0
     width: int = 128
     leaf_width: int = 8
@@ -67,6 +69,7 @@ class Config:
 VOLATILE = (
     "hydra",
     "study",
+    "recipe",
     "width",
     "leaf_width",
     "threads",
@@ -95,6 +98,10 @@ def num_experts(width: int, expert_width: int) -> int:
     if rest or experts < 1:
         raise ValueError(f"width={width} must be a multiple of expert_width={expert_width}")
     return experts
+
+
+def add(*numbers: int) -> int:
+    return sum(numbers)
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -238,6 +245,7 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("tree_depth", tree_depth, replace=True)
     OmegaConf.register_new_resolver("num_experts", num_experts, replace=True)
+    OmegaConf.register_new_resolver("add", add, replace=True)
     OmegaConf.register_new_resolver("option_groups", option_groups, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(identity(_root_)), replace=True)
 

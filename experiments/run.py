@@ -67,6 +67,7 @@ def run(cfg: DictConfig, progress_bar: bool = False) -> Outcome:
             record = {
                 "schema": SCHEMA,
                 "study": cfg.study,
+                "recipe": cfg.recipe,
                 "run_id": run_id(plain),
                 "config": plain,
                 "config_hash": digest,

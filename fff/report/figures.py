@@ -188,9 +188,13 @@ def entropy(history: pd.DataFrame, cells: pd.DataFrame) -> Figure | None:
     depths = sorted(lines["depth"].unique())
     map_ = matplotlib.colormaps["viridis"]
     shade = {depth: map_(0.92 * i / max(1, len(depths) - 1)) for i, depth in enumerate(depths)}
-    figure = Figure(figsize=(min(4.0 * len(names), 12.0), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, names, strict=True):
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(min(4.0 * columns, 12.0), 2.4 * rows + 0.8), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for panel in panels.flat[len(names) :]:
+        panel.remove()
+    for panel, name in zip(panels.flat, names, strict=False):
         for cell in cells["cell"]:
             line = lines[(lines["cell"] == cell) & (lines["family"] == name)]
             if len(line):
@@ -198,12 +202,18 @@ def entropy(history: pd.DataFrame, cells: pd.DataFrame) -> Figure | None:
                 panel.plot(line["epoch"], line["node_entropy"], color=shade[depth], linewidth=1.2, label=f"{depth:g}")
         panel.axhline(HARD_ENTROPY, color="#888888", linestyle="--", linewidth=0.9)
         panel.axhline(np.log(2), color="#bbbbbb", linestyle=":", linewidth=0.9)
-        panel.set(title=name, xlabel="epoch", ylim=(0, 0.75))
+        # Logarithmic: nodes harden in a few epochs, and far below the line that is harmless.
+        panel.set(title=name, xlabel="epoch", xscale="log", yscale="log", ylim=(1e-4, 1))
         panel.grid(axis="y", **_GRID)
-    panels[0].set_ylabel("mean node entropy in nats")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("mean node entropy, nats")
     for value, text in ((HARD_ENTROPY, "0.10"), (np.log(2), "ln 2")):
-        panels[-1].annotate(text, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+        panels.flat[len(names) - 1].annotate(
+            text, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=7
+        )
     handles = [Line2D([], [], color=shade[depth], label=f"depth {depth:g}") for depth in depths]
+    mark = f"{HARD_ENTROPY:.2f}: below it rounding is harmless (FFF paper)"
+    handles.append(Line2D([], [], color="#888888", linestyle="--", linewidth=0.9, label=mark))
     figure.legend(handles=handles, loc="outside lower center", ncols=8)
     return figure
 

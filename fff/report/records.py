@@ -20,7 +20,7 @@ SCHEMA = 1
 HISTORY = ("train_loss", "train_accuracy", "val_accuracy", "node_entropy", "leaves_used")
 HISTORY_BYTES = 500_000
 
-_FIRST = ("study", "run_id", "cell", "seed", "config_hash")
+_FIRST = ("study", "recipe", "run_id", "cell", "seed", "config_hash")
 _METRICS = (
     *("ma", "ma_epochs", "ga", "ga_epochs", "val_accuracy", "ma_soft", "ga_soft", "diverged"),
     *("leaves_used", "num_leaves", "largest_leaf_share", "leaf_load", "node_entropy", "nodes_below_0.10"),
@@ -80,6 +80,7 @@ def flatten(record: Any) -> Row:
     }
     return {
         **{key: _text(record[key]) for key in ("study", "run_id", "seed", "config_hash")},
+        "recipe": _text(record.get("recipe")),
         "cell": cell(config),
         **config,
         **_flat({key: record.get(key) for key in _RUN}, digits=6),

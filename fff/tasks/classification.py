@@ -30,6 +30,8 @@ class Classification(LightningModule):
         (give it `mode="max"`).
     patience: epochs without a better training or validation accuracy after which training stops.
     schedules: attribute of the layers -> points of its `LayerSchedule`.
+    restart_from_best: epochs, counted from 0 as in a schedule, before which the model goes back to the weights of the
+        best validation accuracy so far, and the optimiser forgets its averages.
     """
 
     def __init__(
@@ -42,16 +44,20 @@ class Classification(LightningModule):
         label_smoothing: float = 0.0,
         patience: int = 50,
         schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
+        restart_from_best: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
+        if any(epoch < 1 for epoch in restart_from_best):
+            raise ValueError(f"restart_from_best={list(restart_from_best)}: before epoch 1 there is no best")
         self.model = model
         self.num_classes = num_classes
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
         self.protocol = Protocol(patience)
+        self.restart_from_best = frozenset(restart_from_best)
         self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
         self._lr_schedule: LRScheduler | None = None
         self._restored_lr_schedule: dict[str, Any] | None = None
@@ -60,6 +66,12 @@ class Classification(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
+
+    def on_train_epoch_start(self) -> None:
+        # A run resumed in the middle of an epoch does not come by here: its weights have gone on since.
+        if self.current_epoch in self.restart_from_best:
+            self.model.load_state_dict(self.protocol.best["val"].weights)
+            self.trainer.optimizers[0].state.clear()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch

@@ -34,6 +34,16 @@ def test_every_launcher_composes(make_config, launcher, plugin):
     assert identity(cfg) == identity(make_config())
 
 
+@pytest.mark.parametrize("recipe", [option for group, option in OPTIONS if group == "recipe"])
+def test_a_recipe_bears_the_name_of_its_file_and_the_name_is_no_part_of_a_run(make_config, recipe):
+    cfg = make_config(f"recipe={recipe}")
+    assert cfg.recipe == recipe and make_config().recipe is None
+    named = name(cfg)
+    with open_dict(cfg):
+        cfg.recipe = "another"
+    assert name(cfg) == named and "recipe" not in identity(cfg)
+
+
 @pytest.mark.parametrize("recipe", ["paper", "ours"])
 def test_recipe_specialises_the_layer_and_the_command_line_wins(make_config, recipe):
     mode = {"paper": "soft", "ours": "straight_through"}[recipe]
@@ -42,9 +52,42 @@ def test_recipe_specialises_the_layer_and_the_command_line_wins(make_config, rec
     assert make_config(f"recipe={recipe}", "layer.mode=gated").layer.mode == "gated"
 
 
-@pytest.mark.parametrize("layer, base", [("feedforward_inference", "feedforward"), ("fff_soft", "fff")])
+@pytest.mark.parametrize(
+    "layer, base",
+    [
+        *((f"feedforward_inference{kind}", "feedforward") for kind in ("", "_size", "_master")),
+        *((f"fff_{kind}", "fff") for kind in ("soft", "master")),
+    ],
+)
 def test_variants_spell_out_the_defaults_of_their_layer(make_config, layer, base):
     assert list(make_config(f"layer={layer}").layer) == list(make_config(f"layer={base}").layer)
+
+
+@pytest.mark.parametrize("width, leaf_width, units", [(128, 8, 12), (16, 8, 9), (128, 1, 8), (16, 1, 5), (8, 8, 8)])
+def test_a_dense_layer_of_the_inference_size_of_a_tree(make_config, width, leaf_width, units):
+    sizes = f"width={width}", f"leaf_width={leaf_width}"
+    assert identity(make_config("layer=feedforward_inference_size", *sizes))["layer"]["hidden_features"] == units
+    tree = build(make_config("layer=fff", *sizes).layer)(4)
+    assert tree.size.inference_size == units
+
+
+def test_a_dense_layer_as_wide_as_what_a_tree_with_a_master_leaf_evaluates(make_config):
+    tree = build(make_config("layer=fff_master", "leaf_width=2").layer)(4)
+    dense = build(make_config("layer=feedforward_inference_master", "leaf_width=2").layer)(4)
+    assert dense.size.training_width == tree.size.inference_width == 10
+
+
+def test_a_width_that_is_no_tree_has_no_inference_size_either(make_config):
+    with pytest.raises(Exception) as error:
+        identity(make_config("layer=feedforward_inference_size", "width=12"))
+    assert explain(error.value).startswith("layer.hidden_features: width=12 must be leaf_width=8 times a power of two")
+
+
+def test_the_phases_of_load_balancing_reach_trees_alone(make_config):
+    for layer, phases in (("fff", True), ("fff_master", True), ("feedforward_inference", False)):
+        task = identity(make_config("recipe=efff", f"layer={layer}"))["task"]
+        assert bool(task["schedules"]) == phases and task["restart_from_best"] == [20]
+    assert "restart_from_best" not in identity(make_config())["task"], "it would rename every run of the past"
 
 
 def test_the_files_of_a_wheel_are_found(monkeypatch, tmp_path):

@@ -40,24 +40,45 @@ def write_run(runs_dir):
     """Write the record of one run: a dense layer of `width`, or with `depth` a tree with leaves of `width`."""
 
     def write(
-        study="study", *, width=8, depth=None, mode="soft", optimizer=SGD, seed=0, history=None, digest=None, **metrics
+        study="study",
+        *,
+        width=8,
+        depth=None,
+        mode="soft",
+        master_width=0,
+        optimizer=SGD,
+        schedules=None,
+        data="usps",
+        recipe=None,
+        seed=0,
+        history=None,
+        digest=None,
+        **metrics,
     ) -> Path:
         tree = depth is not None
         leaves = 2**depth if tree else 1
         layer = (
-            {"_target_": "fff.FFF", "leaf_width": width, "depth": depth, "mode": mode, "balance_weight": 0.1}
+            {
+                "_target_": "fff.FFF",
+                "leaf_width": width,
+                "depth": depth,
+                "mode": mode,
+                "master_width": master_width,
+                "balance_weight": 0.1,
+                "hardening_weight": 3.0 if mode == "soft" else 0.0,
+            }
             if tree
             else {"_target_": "fff.FeedForward", "hidden_features": width}
         )
         config = {
             "seed": seed,
             "layer": layer,
-            "task": {"optimizer": optimizer, "schedules": {}},
-            "data": {"name": "usps", "seed": seed, "split_seed": 0, "root": "/a/place"},
+            "task": {"optimizer": optimizer, "schedules": schedules or {}},
+            "data": {"name": data, "seed": seed, "split_seed": 0, "root": "/a/place"},
             "trainer": {"max_epochs": 100},
         }
         config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        run_id = f"{'fff' if tree else 'feedforward'}-usps-s{seed}-{config_hash[:10]}"
+        run_id = f"{'fff' if tree else 'feedforward'}-{data}-s{seed}-{config_hash[:10]}"
         metrics = {
             "ma": 0.9,
             "ma_epochs": 20,
@@ -71,10 +92,10 @@ def write_run(runs_dir):
             "leaf_load": [10] * leaves,
             "node_entropy": 0.2 if tree else None,
             "parameters": 100 * leaves,
-            "training_width": width * leaves,
-            "inference_width": width,
+            "training_width": width * leaves + master_width,
+            "inference_width": width + master_width,
             "training_size": width * leaves + leaves - 1,
-            "inference_size": width + (depth or 0),
+            "inference_size": width + (depth or 0) + master_width,
             "flops_per_row": 1000,
             "epochs": 30,
         } | metrics
@@ -90,7 +111,7 @@ def write_run(runs_dir):
             "history": history
             or {"epoch": [1, 2], "train_loss": [2.0, 1.0], "node_entropy": [0.6 if tree else None] * 2},
             "wall_time_s": 1.5,
-            "hardware": {"cores": 2},
+            "hardware": {"cores": 2, "cpu": "a processor"},
             "versions": {"torch": "2"},
             "git_commit": "abc",
             "backend": "dense",
@@ -98,6 +119,8 @@ def write_run(runs_dir):
         # The records of older runs have none.
         if digest:
             record["data_digest"] = digest
+        if recipe:
+            record["recipe"] = recipe
         path = runs_dir / study / run_id / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record))

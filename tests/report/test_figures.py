@@ -41,6 +41,16 @@ def test_entropy_line_ends_where_half_of_the_runs_have_stopped():
     assert figures.entropy(history[history["cell"] == "d"], cells) is None
 
 
+def test_entropy_panels_are_wrapped_and_the_harmless_entropy_is_named():
+    cells = pd.DataFrame({"cell": list("abcde"), "family": list("ABCDE"), "depth": [1.0, 2, 3, 4, 5]})
+    history = pd.DataFrame({"cell": list("abcde"), "epoch": 1, "runs": 2, "node_entropy": 0.3})
+    figure = figures.entropy(history, cells)
+    assert [axes.get_title() for axes in figure.axes] == list("ABCDE")
+    assert [axes.get_subplotspec().rowspan.start for axes in figure.axes] == [0, 0, 0, 0, 1]
+    assert figure.legends[0].get_texts()[-1].get_text().startswith("0.10: ")
+    assert all(0.10 in axes.lines[1].get_ydata() for axes in figure.axes)
+
+
 def test_colors_keep_dense_layers_apart():
     found = figures.colors([("dense", True), ("a", False), ("b", False), ("a", False)])
     assert found == {"dense": figures.DENSE, "a": figures.PALETTE[0], "b": figures.PALETTE[1]}

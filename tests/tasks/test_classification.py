@@ -13,6 +13,7 @@ import fff
 from fff.layers.contract import Record, RoutedLayer, Size
 from fff.models import Classifier
 from fff.tasks import Classification, LayerSchedule
+from fff.tasks.protocol import Best
 
 
 class Priced(RoutedLayer):
@@ -159,6 +160,47 @@ def test_layer_schedule_reaches_the_layers_before_the_first_step(data, fit):
 def test_layer_schedule_of_an_attribute_that_no_layer_has(data, fit):
     with pytest.raises(ValueError, match="hardning_weight"):
         fit(make_task(schedules={"hardning_weight": [[0, 1.0]]}), data(), max_epochs=1)
+
+
+class Weights(Callback):
+    """Weight and momentum that the first step of each epoch finds, and the weight after it."""
+
+    def __init__(self):
+        self.before, self.momentum, self.after = [], [], []
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        weight = task.model.ff.linear.weight
+        if batch_idx == 0:
+            self.before.append(weight.detach().clone())
+            self.momentum.append("momentum_buffer" in trainer.optimizers[0].state[weight])
+
+    def on_train_epoch_end(self, trainer, task):
+        self.after.append(task.model.ff.linear.weight.detach().clone())
+
+
+def test_restart_from_best_goes_back_to_the_best_validation_accuracy_once(data, fit, rows, monkeypatch):
+    """The second of four epochs is the best; the fourth starts from its weights, without momentum."""
+    task = make_task(optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9), restart_from_best=[3])
+    seen = Weights()
+    scripted = {"train": [0.1, 0.2, 0.9, 0.3], "val": [0.2, 0.6, 0.4, 0.5]}
+    names, offer = {id(best): name for name, best in task.protocol.best.items()}, Best.offer
+
+    def offer_scripted(self, _, epoch, model):
+        offer(self, scripted[names[id(self)]][epoch - 1], epoch, model)
+
+    monkeypatch.setattr(Best, "offer", offer_scripted)
+    fit(task, data(batch_size=6), max_epochs=4, callbacks=[seen])
+    assert torch.equal(seen.before[3], seen.after[1]) and not torch.equal(seen.before[3], seen.after[2])
+    assert torch.equal(seen.before[2], seen.after[1]), "no restart before the second epoch that follows it"
+    assert seen.momentum == [False, True, True, False]
+    # What the protocol keeps is a copy: the steps after the restart must not change it.
+    assert not torch.equal(seen.after[3], seen.before[3])
+    torch.testing.assert_close(task.protocol.best["val"].weights["ff.linear.weight"], seen.after[1])
+
+
+def test_restart_before_the_first_epoch_is_refused():
+    with pytest.raises(ValueError, match=r"restart_from_best=\[0, 3\]"):
+        make_task(restart_from_best=[0, 3])
 
 
 @pytest.mark.parametrize("points", [[], [[0, 1], [0, 2]], [[3, 1], [1, 2]], [[1]]])

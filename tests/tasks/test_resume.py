@@ -54,7 +54,10 @@ SCHEDULES = {
 }
 
 
-def make_task(lr_schedule=None, patience=50):
+WITHIN = "epoch=2-step=10"
+
+
+def make_task(lr_schedule=None, patience=50, restart_from_best=()):
     return Classification(
         Classifier(Noisy, 8, 5),
         num_classes=5,
@@ -62,6 +65,7 @@ def make_task(lr_schedule=None, patience=50):
         lr_schedule=lr_schedule,
         patience=patience,
         schedules={"hardening_weight": [[0, 0.0], [4, 1.0]]},
+        restart_from_best=restart_from_best,
     )
 
 
@@ -80,23 +84,29 @@ def outcome(task, data, trainer):
     }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cut", ["epoch=0-step=4", "epoch=3-step=16", "epoch=2-step=10"])
-def test_resumed_equals_unbroken(data, fit, tmp_path, schedule, cut):
-    """An epoch has 4 steps: the last cut lies within the third epoch."""
+@pytest.mark.parametrize(
+    "schedule, cut, restart",
+    [
+        *((schedule, cut, []) for schedule in SCHEDULES for cut in ("epoch=0-step=4", "epoch=3-step=16", WITHIN)),
+        # The third epoch starts from the best weights: cut right before, in it, and after.
+        *(("none", cut, [2]) for cut in ("epoch=1-step=8", WITHIN, "epoch=3-step=16")),
+    ],
+)
+def test_resumed_equals_unbroken(data, fit, tmp_path, schedule, cut, restart):
+    """An epoch has 4 steps: `WITHIN` is a cut within the third epoch."""
 
     def checkpoints():
         when = {"every_n_train_steps": 10} if cut.endswith("10") else {"save_on_train_epoch_end": True}
         return ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="{epoch}-{step}", save_top_k=-1, **when)
 
     seed_everything(1)
-    task, module = make_task(SCHEDULES[schedule]), data()
+    task, module = make_task(SCHEDULES[schedule], restart_from_best=restart), data()
     whole = outcome(task, module, fit(task, module, max_epochs=6, callbacks=[checkpoints()]))
 
     path = tmp_path / "checkpoints" / f"{cut}.ckpt"
     torch.load(path, weights_only=True)
     seed_everything(2)  # a fresh process: other weights, other generators
-    task, module = make_task(SCHEDULES[schedule]), data()
+    task, module = make_task(SCHEDULES[schedule], restart_from_best=restart), data()
     resumed = outcome(task, module, fit(task, module, max_epochs=6, callbacks=[checkpoints()], ckpt_path=path))
 
     assert resumed["results"] == whole["results"]
