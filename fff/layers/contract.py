@@ -129,6 +129,7 @@ class RoutedLayer(nn.Module, ABC):
     in_features: int
     out_features: int
     trace_nodes: bool = False
+    router_names: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,6 +139,10 @@ class RoutedLayer(nn.Module, ABC):
     @abstractmethod
     def size(self) -> Size:
         """Static cost of this layer."""
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """Those that decide where a row goes; none where nothing is decided by parameters of its own."""
+        return [p for name in self.router_names if (p := getattr(self, name, None)) is not None]
 
     def update_bias(self) -> None:
         """Move the decision biases by the last load; nothing where the layer has none."""

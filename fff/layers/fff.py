@@ -91,6 +91,8 @@ class FFF(RoutedLayer):
     type of its parameters.
     """
 
+    router_names = ("node_weight", "node_bias", "node_out_weight", "node_out_bias")
+
     def __init__(
         self,
         in_features: int,

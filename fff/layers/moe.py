@@ -46,6 +46,8 @@ class MoE(RoutedLayer):
     Auxiliary losses and noise belong to training mode. The router decides in float32 where x is of half precision.
     """
 
+    router_names = ("gate_weight", "noise_weight")
+
     def __init__(
         self,
         in_features: int,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -32,6 +33,8 @@ class Classification(LightningModule):
     schedules: attribute of the layers -> points of its `LayerSchedule`.
     restart_from_best: epochs, counted from 0 as in a schedule, before which the model goes back to the weights of the
         best validation accuracy so far, and the optimiser forgets its averages.
+    router_lr_factor: times the learning rate, for the parameters that decide where rows go.
+    test: whether `results` looks at the test rows; False for a search, whose runs then have no GA to select by.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class Classification(LightningModule):
         patience: int = 50,
         schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
         restart_from_best: Sequence[int] = (),
+        router_lr_factor: float = 1.0,
+        test: bool = True,
     ) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing <= 1.0:
@@ -57,7 +62,11 @@ class Classification(LightningModule):
         self.make_lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
         self.protocol = Protocol(patience)
+        if not router_lr_factor > 0:
+            raise ValueError(f"router_lr_factor={router_lr_factor!r} must be > 0")
         self.restart_from_best = frozenset(restart_from_best)
+        self.router_lr_factor = router_lr_factor
+        self.test = test
         self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
         self._lr_schedule: LRScheduler | None = None
         self._restored_lr_schedule: dict[str, Any] | None = None
@@ -97,12 +106,26 @@ class Classification(LightningModule):
         return losses
 
     def configure_optimizers(self) -> Optimizer:
-        optimizer = self.make_optimizer(self.model.parameters(), **self._fused())
+        optimizer = self.make_optimizer(self._optimized(), **self._fused())
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("lr_factor", 1.0)
         if self.make_lr_schedule is not None:
             self._lr_schedule = self.make_lr_schedule(optimizer)
             if self._restored_lr_schedule is not None:
                 self._lr_schedule.load_state_dict(self._restored_lr_schedule)
         return optimizer
+
+    def _optimized(self) -> Iterable[Parameter] | list[dict[str, Any]]:
+        if self.router_lr_factor == 1.0:
+            return self.model.parameters()
+        layers = [module for module in self.model.modules() if isinstance(module, RoutedLayer)]
+        router = {id(p) for layer in layers for p in layer.router_parameters()}
+        if not router:
+            raise ValueError(f"router_lr_factor={self.router_lr_factor!r}: no layer of the model has a router")
+        groups: dict[bool, list[Parameter]] = {False: [], True: []}
+        for parameter in self.model.parameters():
+            groups[id(parameter) in router].append(parameter)
+        return [{"params": groups[False]}, {"params": groups[True], "lr_factor": self.router_lr_factor}]
 
     def _fused(self) -> dict[str, bool]:
         keywords = getattr(self.make_optimizer, "keywords", {})
@@ -146,7 +169,7 @@ class Classification(LightningModule):
         return [*self.schedules, self.protocol, RandomState()]
 
     def results(self, data: LightningDataModule) -> dict[str, Any]:
-        """Metrics, history and backend of the finished run, all plain Python; looks at the test data once.
+        """Metrics, history and backend of the finished run, all plain Python; looks at the test data once, or never.
 
         Leaves the model with the weights of the best validation accuracy. Of several routed layers the sizes, leaves
         and loads are summed or chained, and the largest share is the largest of any. NaN becomes None, and so does all
@@ -185,6 +208,10 @@ class Classification(LightningModule):
         self._restore(ma.epoch, ma.weights)
         ma_soft = evaluate(self.model, data.train_eval_dataloader(), soft=True).soft_accuracy
         self._restore(ga.epoch, ga.weights)
+        if not self.test:
+            val = evaluate(self.model, data.val_dataloader())
+            known = {"ma": ma.accuracy, "ma_epochs": ma.epoch, "ga_epochs": ga.epoch, "val_accuracy": ga.accuracy}
+            return {**dict.fromkeys(_MEASURED), **known, "ma_soft": ma_soft}, val.backend
         report = MetricCollection(
             {
                 "macro_f1": MulticlassF1Score(self.num_classes, average="macro"),

@@ -31,3 +31,14 @@ def test_make_ff_is_called_by_the_convention():
 
     Classifier(make_ff, 12, 3)
     assert calls == [((12,), {"out_features": 3})]
+
+
+def test_noise_is_on_the_inputs_and_in_training_alone():
+    model = Classifier(partial(torch.nn.Linear, bias=False), 4, 4, noise=0.5)
+    torch.nn.init.eye_(model.ff.weight)
+    x = torch.randn(20_000, 2, 2)
+    assert torch.equal(model.eval()(x), x.flatten(1))
+    noise = model.train()(x) - x.flatten(1)
+    assert noise.std().item() == pytest.approx(0.5, rel=0.02) and abs(noise.mean().item()) < 0.01
+    with pytest.raises(ValueError, match="noise=-1"):
+        Classifier(torch.nn.Linear, 4, 4, noise=-1)

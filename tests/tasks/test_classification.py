@@ -244,3 +244,53 @@ def test_the_config_builds_the_task(rows, data, fit):
     fit(task, module, max_epochs=2)
     assert task.model.ff.temperature == pytest.approx(1.5)
     assert task.results(module)["metrics"]["num_leaves"] == 4
+
+
+def make_tree(**options):
+    torch.manual_seed(0)
+    make_ff = partial(fff.FFF, leaf_width=2, depth=2, mode="straight_through", balance_weight=0.1)
+    return Classification(
+        Classifier(make_ff, 4, 5), num_classes=5, optimizer=partial(torch.optim.SGD, lr=0.1), **options
+    )
+
+
+def test_the_router_has_a_learning_rate_of_its_own(data, fit):
+    """One step of plain gradient descent: its length is in proportion to the rate."""
+    moved = {}
+    for factor in (1.0, 3.0):
+        task = make_tree(router_lr_factor=factor)
+        before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+        fit(task, data(), max_epochs=1)
+        moved[factor] = {name: p.detach() - before[name] for name, p in task.model.named_parameters()}
+    for name, step in moved[1.0].items():
+        torch.testing.assert_close(moved[3.0][name], step * (3.0 if ".node_" in name else 1.0))
+    assert moved[1.0]["ff.node_weight"].abs().sum() > 0
+
+
+def test_a_schedule_keeps_the_ratio_of_the_rates(data, fit):
+    schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)
+    task = make_tree(router_lr_factor=3.0, lr_schedule=schedule)
+    trainer = fit(task, data(), max_epochs=2)
+    rest, router = (group["lr"] for group in trainer.optimizers[0].param_groups)
+    assert router == pytest.approx(3 * rest) and rest == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_a_router_that_does_not_learn_is_refused(factor):
+    with pytest.raises(ValueError, match="router_lr_factor="):
+        make_task(router_lr_factor=factor)
+
+
+def test_a_layer_without_router_has_no_rate_for_it(data, fit):
+    with pytest.raises(ValueError, match="router_lr_factor=2.0: no layer"):
+        fit(make_task(router_lr_factor=2.0), data(), max_epochs=1)
+
+
+def test_a_search_never_looks_at_the_test_rows(data, fit):
+    task, module = make_tree(test=False), data()
+    fit(task, module, max_epochs=2)
+    metrics = task.results(module)["metrics"]
+    assert module.looks_at_test == 0
+    assert metrics["ga"] is metrics["macro_f1"] is metrics["leaf_load"] is None
+    assert metrics["val_accuracy"] == max(task.protocol.history["val_accuracy"])
+    assert metrics["ma"] == max(task.protocol.history["train_accuracy"])
