@@ -91,6 +91,19 @@ def test_left_out_and_repeated_choices(choices):
 
 
 @built
+def test_no_choice_at_all_gives_zeros():
+    index = torch.empty(20, 0, dtype=torch.int64)
+    assert not assert_native(torch.randn(20, 8), index, None, weights(8, 3, 4, 5)).any()
+
+
+@built
+def test_any_integers_are_an_index():
+    x, index, tensors = torch.randn(20, 8), torch.randint(3, (20, 1)), weights(8, 3, 4, 5)
+    y = torch.ops.fff.native_expert_mlp(x, index.int(), None, *tensors, "relu", False)
+    assert torch.equal(y, expert_mlp(x, index, None, *tensors, backend="native"))
+
+
+@built
 def test_strided_tensors():
     w_in, b_in, w_out, b_out = weights(6, 4, 3, 5)
     w_in, w_out = w_in.mT.contiguous().mT, w_out.mT.contiguous().mT

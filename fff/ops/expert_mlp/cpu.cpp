@@ -12,8 +12,8 @@
 // Every sum of a row is taken in an order that depends on D, L and K alone. So a row's result has the same bits in any
 // batch, whatever the number of threads and whichever rows share its tile.
 //
-// Limits. Forward: float32, or bfloat16 weights and rows with float32 sums. Backward: float32, once. Contiguous weights;
-// T K < 2^31.
+// Limits. Forward: float32, or bfloat16 weights and rows with float32 sums. Backward: float32, once; the autograd functions
+// around it are in cpu.py. Contiguous weights; T K and E < 2^31.
 
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
@@ -55,6 +55,7 @@ constexpr int64_t FETCH_BYTES = 512 * 1024;
 constexpr int64_t GRAIN = 100'000;
 // What opening a group costs, as a number of rows: for an even share between threads.
 constexpr int64_t GROUP_COST = 4;
+constexpr int64_t INT32_LIMIT = int64_t(1) << 31;
 
 // ---- loads
 
@@ -170,14 +171,14 @@ template <int R, int V, bool whole, class W>
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int v = 0; v < V; ++v) {
       float* y = rows[r].y + column + v * VL;
-      Lanes value = acc[r][v] * rows[r].gate;
-      if (whole || v + 1 < V) {
-        if (add) value += load(y);
+      const bool full = whole || v + 1 < V;
+      Lanes before = !add ? Lanes{} : full ? load(y) : load(y, last);
+      // In one expression, lest the compiler fuse product and sum in some tiles only, which rounds otherwise.
+      Lanes value = acc[r][v] * rows[r].gate + before;
+      if (full)
         std::memcpy(y, &value, sizeof value);
-      } else {
-        if (add) value += load(y, last);
+      else
         std::memcpy(y, &value, last * sizeof(float));
-      }
     }
 }
 
@@ -277,7 +278,7 @@ struct Call {
   const W* x;         // (T, D)
   const float* gate;  // (T, K) or null
   int64_t K;
-  float* y;  // (T, O), zeros where K > 1
+  float* y;  // (T, O), zeros where K is not 1
 };
 
 // Scratch of one thread.
@@ -385,7 +386,7 @@ void run(const Call<W>& call, const int64_t* index, int64_t T) {
   const Experts<W>& e = call.experts;
   const int64_t work = std::max<int64_t>(1, call.K * (e.H * e.D + e.L * e.O));
   const int64_t grain = std::max<int64_t>(1, GRAIN / work);
-  if (call.K > 1) {
+  if (call.K != 1) {
     // A row belongs to one thread, which adds up its experts in their order.
     at::parallel_for(0, T, grain, [&](int64_t begin, int64_t end) {
       std::vector<Choice> choices = collect(index, begin, end, call.K, e.E);
@@ -800,14 +801,15 @@ Experts<W> experts_of(const Tensor& x, const Weights& w, c10::string_view activa
 template <class W>
 Tensor apply_experts(const Experts<W>& experts, const Tensor& x, const Tensor& index, const std::optional<Tensor>& gate) {
   const int64_t T = x.size(0), K = index.size(1);
-  TORCH_CHECK_VALUE(T * K < (int64_t(1) << 31), T, " rows with ", K, " choices are too many for one call");
+  TORCH_CHECK_VALUE(T * K < INT32_LIMIT, T, " rows with ", K, " choices are too many for one call");
+  TORCH_CHECK_VALUE(experts.E < INT32_LIMIT, experts.E, " experts are too many");
   auto options = x.options().dtype(at::kFloat);
   Tensor y = K == 1 ? at::empty({T, experts.O}, options) : at::zeros({T, experts.O}, options);
   Tensor weight = gate ? gate->to(at::kFloat).contiguous() : Tensor();
   Call<W> call{
       experts, x.const_data_ptr<W>(), gate ? weight.const_data_ptr<float>() : nullptr, K, y.mutable_data_ptr<float>()};
   run(call, index.const_data_ptr<int64_t>(), T);
-  return y.to(x.scalar_type());
+  return std::is_same_v<W, float> ? y : y.to(x.scalar_type());
 }
 
 Tensor expert_mlp(
@@ -815,14 +817,14 @@ Tensor expert_mlp(
     const std::optional<Tensor>& b_in, const Tensor& w_out, const std::optional<Tensor>& b_out,
     c10::string_view activation, bool glu) {
   TORCH_CHECK_VALUE(
-      index.dim() == 2 && index.size(0) == x.size(0) && index.scalar_type() == at::kLong,
-      "index must be (", x.size(0), ", K) int64, not ", index.sizes(), " ", index.scalar_type());
+      index.dim() == 2 && index.size(0) == x.size(0) && at::isIntegralType(index.scalar_type(), /*includeBool=*/false),
+      "index must be (", x.size(0), ", K) of integers, not ", index.sizes(), " ", index.scalar_type());
   TORCH_CHECK_VALUE(!gate || gate->sizes() == index.sizes(), "gate must have the shape of index");
   return with_weight_type(w_in.scalar_type(), [&](auto type) {
     Tensor rows = x.contiguous();
     Weights weights(w_in, b_in, w_out, b_out);
     auto experts = experts_of<decltype(type)>(rows, weights, activation, glu);
-    return apply_experts(experts, rows, index.contiguous(), gate);
+    return apply_experts(experts, rows, index.to(at::kLong).contiguous(), gate);
   });
 }
 
@@ -839,7 +841,7 @@ std::vector<Tensor> expert_mlp_backward(
   const int64_t T = x.size(0), K = index.dim() == 2 ? index.size(1) : 0;
   check_like("index", chosen, {T, K}, at::kLong);
   check_like("gate", gate, {T, K}, at::kFloat);
-  TORCH_CHECK_VALUE(T * K < (int64_t(1) << 31), T, " rows with ", K, " choices are too many for one call");
+  TORCH_CHECK_VALUE(T * K < INT32_LIMIT, T, " rows with ", K, " choices are too many for one call");
   check_like("grad_y", grad, {T, experts.O}, at::kFloat);
   Tensor weight = gate ? gate->contiguous() : Tensor();
   std::vector<Tensor> found;
@@ -878,7 +880,7 @@ void check_tree(const Tensor& x, const Tensor& node_weight, int64_t num_trees, i
       x.dim() == 2 && node_weight.dim() == 2 && x.size(1) == node_weight.size(1), "x ", x.sizes(), " does not fit nodes ",
       node_weight.sizes());
   TORCH_CHECK_VALUE(depth >= 0 && depth < 31 && num_trees >= 1, num_trees, " trees of depth ", depth);
-  TORCH_CHECK_VALUE(x.size(0) * num_trees < (int64_t(1) << 31), x.size(0), " rows are too many for one call");
+  TORCH_CHECK_VALUE(x.size(0) * num_trees < INT32_LIMIT, x.size(0), " rows are too many for one call");
 }
 
 std::tuple<Tensor, Tensor> descend_rows(
@@ -931,7 +933,7 @@ std::tuple<Tensor, Tensor, Tensor> tree_mlp(
     Weights weights(w_in, b_in, w_out, b_out);
     auto experts = experts_of<W>(rows, weights, activation, glu);
     TORCH_CHECK_VALUE(
-        depth >= 0 && depth < 31 && num_trees >= 1 && experts.E == num_trees << depth, experts.E,
+        depth >= 0 && depth < 31 && num_trees >= 1 && num_trees <= experts.E && experts.E == num_trees << depth, experts.E,
         " experts are not the leaves of ", num_trees, " trees of depth ", depth);
     check_tree(x, node_rows, num_trees, depth);
     Tensor shift = shift_of(decision_bias);
