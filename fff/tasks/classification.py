@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1
 from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
 from fff.tasks.callbacks import LayerSchedule, RandomState
 from fff.tasks.protocol import Protocol, evaluate
+from fff.tasks.routes import measure_routes
 
 
 class Classification(LightningModule):
@@ -30,6 +32,7 @@ class Classification(LightningModule):
         (give it `mode="max"`).
     patience: epochs without a better training or validation accuracy after which training stops.
     schedules: attribute of the layers -> points of its `LayerSchedule`.
+    keep_routes: whether the record of a run is to have `routes`; for a model with one routed layer.
     """
 
     def __init__(
@@ -42,15 +45,20 @@ class Classification(LightningModule):
         label_smoothing: float = 0.0,
         patience: int = 50,
         schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
+        keep_routes: bool = False,
     ) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
+        num_layers = sum(isinstance(module, RoutedLayer) for module in model.modules())
+        if keep_routes and num_layers != 1:
+            raise ValueError(f"keep_routes={keep_routes} needs a model with one routed layer, not {num_layers}")
         self.model = model
         self.num_classes = num_classes
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
+        self.keep_routes = keep_routes
         self.protocol = Protocol(patience)
         self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
         self._lr_schedule: LRScheduler | None = None
@@ -166,6 +174,12 @@ class Classification(LightningModule):
             "history": {name: list(values) for name, values in protocol.history.items()},
             "backend": trained if trained == evaluated else f"{trained} (training), {evaluated} (evaluation)",
         }
+
+    def routes(self, data: LightningDataModule) -> dict[str, np.ndarray] | None:
+        """`measure_routes` of the weights that `results` measured and left in the model; None if there are none."""
+        if not self.protocol.best["val"].weights:
+            return None
+        return measure_routes(self.model, data.train_eval_dataloader(), data.test_dataloader())
 
     def _measure(self, data: LightningDataModule) -> tuple[dict[str, Any], str]:
         """What the best weights do with the rows, by the names in `_MEASURED`, and the backend of the hard route."""

@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lightning.pytorch import Callback
 
@@ -13,10 +14,10 @@ from experiments import provenance, sweep
 from experiments.check import ConfigError
 from experiments.config import config_hash, config_path, identity
 from experiments.run import CHECKPOINT, run, summary
-from experiments.store import ERROR, RESULT, lock
+from experiments.store import ERROR, RESULT, ROUTES, lock
 
 EXPERIMENTS = sorted(path.stem for path in Path(config_path(), "experiment").glob("*.yaml"))
-NUM_RUNS = {"debug": 1, "demo": 15, "table1_usps": 400}
+NUM_RUNS = {"debug": 1, "demo": 15, "routing": 30, "table1_usps": 400}
 # Two runs of each study whose results are kept: a change of the configuration that gives them other names orphans all.
 FINISHED = {"table1_usps": {"feedforward-usps-s0-5d45946b84", "fff-usps-s0-01c60a4124"}}
 QUICK = ["trainer.max_epochs=2", "width=16", "trainer.accelerator=cpu"]
@@ -59,6 +60,26 @@ def test_a_finished_run_is_skipped_unless_forced(finished, make_config):
     assert run(make_config(*QUICK, "force=true")).status == "finished"
     assert (outcome.run_dir / RESULT).stat().st_mtime_ns != written
     assert read(outcome)["metrics"] == before  # the same seed
+
+
+def test_routes_are_kept_where_they_are_asked_for(make_config, monkeypatch):
+    """One row of them for each test row; a run that is made again does not leave those of the run before."""
+    import fff.tasks
+
+    routed = [*QUICK, "task.keep_routes=true"]
+    outcome = run(make_config(*routed))
+    record = read(outcome)
+    assert record["routes"] == ROUTES
+    assert sorted(path.name for path in outcome.run_dir.iterdir()) == [RESULT, ROUTES]
+    with np.load(outcome.run_dir / ROUTES) as routes:
+        load = np.bincount(routes["index"][:, 0], minlength=record["metrics"]["num_leaves"])
+    assert load.tolist() == record["metrics"]["leaf_load"]
+    before = (outcome.run_dir / ROUTES).read_bytes()
+    monkeypatch.setattr(fff.tasks.Classification, "results", lambda self, data: 1 / 0)
+    assert run(make_config(*routed, "force=true")).status == "failed" and not (outcome.run_dir / ROUTES).exists()
+    monkeypatch.undo()
+    assert run(make_config(*routed)).status == "finished"
+    assert (outcome.run_dir / ROUTES).read_bytes() == before, "the same seed"
 
 
 def test_a_truncated_record_is_reported_and_run_again(finished, make_config, capsys):
