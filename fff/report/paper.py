@@ -57,7 +57,7 @@ def table1(data: StudyData, dataset: str) -> Report:
     ValueError if the study holds two configurations for one cell, because their runs must not be mixed.
     """
     runs = data.runs.assign(
-        recipe=_recipe(data.runs),
+        recipe=recipe_of(data.runs),
         model=_text(data.runs, "layer._target_").str.rpartition(".")[2].map(_MODELS),
         leaf_width=pd.to_numeric(_text(data.runs, "layer.leaf_width"), errors="coerce").fillna(0).astype(int),
         width=data.runs["metrics.training_width"],
@@ -169,7 +169,7 @@ def _text(runs: pd.DataFrame, name: str) -> pd.Series:
     return runs[name] if name in runs else pd.Series("", runs.index)
 
 
-def _recipe(runs: pd.DataFrame) -> pd.Series:
+def recipe_of(runs: pd.DataFrame) -> pd.Series:
     """What the optimiser tells: "paper" for SGD, "ours" for a variant of Adam, None for others."""
     optimizer = _text(runs, "task.optimizer._target_").str.lower()
     recipe = pd.Series(None, runs.index, dtype=object)
