@@ -97,6 +97,12 @@ def test_run_without_routes_is_told_and_left_out(write_run, study, capsys):
     assert columns(printed.out, 0, "paper's recipe")["n"] == "2"
 
 
+def test_study_without_any_routes_says_how_to_get_them(write_run, runs_dir, results_dir, capsys):
+    write_run("routing", depth=2)
+    assert main(["routing", "--runs-dir", str(runs_dir), "--results-dir", str(results_dir)]) == 1
+    assert "routing has no run that kept its routes (task.keep_routes=true)" in capsys.readouterr().err
+
+
 def test_two_configurations_of_one_row_are_refused(write_run, study, results_dir, capsys):
     other = write_run("routing", depth=3, routes=routes(PARTED))
     assert main(study) == 1

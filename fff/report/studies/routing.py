@@ -29,6 +29,8 @@ _PARTITION = (
 
 def report(data: StudyData) -> Report:
     """A row of the tables for each data set, model and recipe; ValueError for two configurations of one row."""
+    if not data.archive:
+        raise ValueError(f"{data.name} has no run that kept its routes (task.keep_routes=true)")
     routes = unpack(f"runs/{data.name}.npz", data.archive)
     runs = data.runs.assign(
         data=data.runs["data.name"],
