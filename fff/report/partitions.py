@@ -7,6 +7,7 @@ form, adjusted Rand index) is taken from there.
 from __future__ import annotations
 
 import numpy as np
+from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
 
@@ -44,3 +45,12 @@ def chance_nmi(first: np.ndarray, second: np.ndarray) -> float:
         return 1.0
     table = contingency_matrix(first, second, sparse=True)
     return float(expected_mutual_information(table, len(first)) / size)
+
+
+def ari_within(first: np.ndarray, second: np.ndarray, label: np.ndarray) -> float:
+    """Adjusted Rand index of two partitions (T,) among the rows of one class (T,), mean over the rows.
+
+    What both have in common beyond the class; by chance 0, but 1 for a class that neither parts.
+    """
+    same = [label == value for value in np.unique(label)]
+    return float(np.average([adjusted_rand_score(first[s], second[s]) for s in same], weights=[s.sum() for s in same]))

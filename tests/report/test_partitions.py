@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
-from fff.report.partitions import chance_nmi, effective_number, entropy, gini, purity
+from fff.report.partitions import ari_within, chance_nmi, effective_number, entropy, gini, purity
 
 
 def test_evenness_of_even_and_of_collapsed_use():
@@ -49,3 +49,14 @@ def test_chance_of_partitions_that_part_nothing_is_their_score():
     one, two = np.zeros(4), np.array([0, 0, 1, 1])
     assert chance_nmi(one, one) == normalized_mutual_info_score(one, one) == 1
     assert chance_nmi(one, two) == normalized_mutual_info_score(one, two) == 0
+
+
+def test_agreement_within_classes_does_not_count_what_the_class_explains():
+    label = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1])
+    #                 parted by class, then alike among class 0 and across each other among class 1
+    first = np.array([0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
+    second = np.array([5, 5, 4, 4, 6, 6, 7, 7, 6, 6, 7, 7])
+    # Class 1: of the 28 pairs of rows each partition joins 12 and both 4; 12 * 12 / 28 = 36 / 7 is expected, and
+    # (4 - 36 / 7) / (12 - 36 / 7) = -1 / 6. Class 0 has 1.
+    assert ari_within(first, second, label) == pytest.approx((4 * 1 + 8 * -1 / 6) / 12)
+    assert ari_within(label, label, label) == 1, "no class is parted"

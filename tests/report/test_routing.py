@@ -67,6 +67,7 @@ def test_tables_worked_by_hand(study, capsys):
     known, nothing = (columns(text, 1, recipe) for recipe in ("paper's recipe", "our recipe"))
     assert known["class: NMI"] == "1.00 ± 0.00" and known["class: NMI by chance"] == "0.333"
     assert known["seeds: ARI"] == "1.00 (1.00 to 1.00)" and known["seeds: NMI by chance"] == "0.333"
+    assert known["seeds: ARI within a class"] == "1.00 (1.00 to 1.00)"  # neither parts a class
     # Two partitions of one part agree, by chance as well.
     assert nothing["seeds: NMI"] == "1.00 (1.00 to 1.00)" and nothing["seeds: NMI by chance"] == "1.000"
     assert nothing["pairs"] == "1"

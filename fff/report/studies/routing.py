@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score, mutual_info_score, normalized_m
 from fff.report import figures
 from fff.report.cells import summarize
 from fff.report.paper import RECIPES, recipe_of
-from fff.report.partitions import chance_nmi, effective_number, entropy, gini, purity
+from fff.report.partitions import ari_within, chance_nmi, effective_number, entropy, gini, purity
 from fff.report.routes import Arrays, unpack
 from fff.report.study import Report, StudyData, refusal
 from fff.report.tables import MISSING, Table, number, of, percent, spread
@@ -95,15 +95,18 @@ def _of_runs(runs: list[Arrays], num_leaves: int) -> dict[str, float]:
 
 def _of_pairs(runs: list[Arrays]) -> dict[str, float]:
     """Mean, smallest and largest agreement of two runs."""
-    found = [
-        {
-            "seeds_ari": adjusted_rand_score(_leaf(first), _leaf(second)),
-            "seeds_nmi": normalized_mutual_info_score(_leaf(first), _leaf(second)),
-            "seeds_nmi_chance": chance_nmi(_leaf(first), _leaf(second)),
-        }
-        for first, second in combinations(runs, 2)
-    ]
-    frame = pd.DataFrame(found, columns=["seeds_ari", "seeds_nmi", "seeds_nmi_chance"])
+    found = []
+    for one, other in combinations(runs, 2):
+        first, second = _leaf(one), _leaf(other)
+        found.append(
+            {
+                "seeds_ari": adjusted_rand_score(first, second),
+                "seeds_ari_within": ari_within(first, second, one["label"]),
+                "seeds_nmi": normalized_mutual_info_score(first, second),
+                "seeds_nmi_chance": chance_nmi(first, second),
+            }
+        )
+    frame = pd.DataFrame(found, columns=["seeds_ari", "seeds_ari_within", "seeds_nmi", "seeds_nmi_chance"])
     return {"pairs": len(frame), **frame.mean(), **frame.min().add_suffix("_min"), **frame.max().add_suffix("_max")}
 
 
@@ -155,6 +158,7 @@ def _agreement(name: str, cells: pd.DataFrame) -> Table:
             "class: NMI": [f"{_two(mean)} ± {_two(std)}" for mean, std in deviation],
             "class: NMI by chance": cells["label_nmi_chance"].map(_three),
             "seeds: ARI": ranged("seeds_ari"),
+            "seeds: ARI within a class": ranged("seeds_ari_within"),
             "seeds: NMI": ranged("seeds_nmi"),
             "seeds: NMI by chance": cells["seeds_nmi_chance"].map(_three),
             "pairs": cells["pairs"].map(str),
@@ -163,7 +167,8 @@ def _agreement(name: str, cells: pd.DataFrame) -> Table:
     note = (
         f"{_PARTITION} By chance: the expected value if the rows of one partition were shuffled and its leaves as full"
         " as they are; that of the adjusted Rand index (ARI) is 0. Seeds: mean (smallest to largest) over all pairs of"
-        " runs."
+        " runs. Within a class: among the rows of one class, mean over the rows; it tells what two seeds have in common"
+        " beyond the class, and is 1 for a class that neither of them parts."
     )
     return Table(f"{name}_agreement", "Agreement with the classes, between seeds and by chance", frame, note, len(_KEY))
 
