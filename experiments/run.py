@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from .config import build, config_hash, identity, run_dir, run_id
 from .dataset import check_data, other_rows
 from .provenance import git_commit, hardware, versions
-from .store import ERROR, LOCK, RESULT, SCHEMA, lock, read_record, write_record
+from .store import ERROR, LOCK, RESULT, ROUTES, SCHEMA, lock, read_record, write_record, write_routes
 
 CHECKPOINT = "last.ckpt"
 
@@ -58,8 +58,8 @@ def run(cfg: DictConfig, progress_bar: bool = False) -> Outcome:
             return Outcome("skipped", folder)
         if reason:
             print(f"{reason}; running it again", file=sys.stderr, flush=True)
-        (folder / RESULT).unlink(missing_ok=True)
-        (folder / ERROR).unlink(missing_ok=True)
+        for name in (RESULT, ROUTES, ERROR):
+            (folder / name).unlink(missing_ok=True)
         if cfg.force:
             (folder / CHECKPOINT).unlink(missing_ok=True)
         try:
@@ -193,8 +193,12 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
+    measured = task.results(data)
+    if getattr(task, "keep_routes", False) and (routes := task.routes(data)) is not None:
+        write_routes(folder, routes)
+        measured["routes"] = ROUTES
     return {
-        **task.results(data),
+        **measured,
         "wall_time_s": round(elapsed.seconds, 3),
         "resumed": checkpoint is not None,
         "data_digest": getattr(data, "content_digest", None),

@@ -1,8 +1,9 @@
-"""Run directories: the record of a finished run, the error of a failed one, and the lock of one in progress."""
+"""Run directories: record and routes of a finished run, the error of a failed one, and the lock of one in progress."""
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -10,10 +11,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCHEMA = 1
-RESULT, ERROR, LOCK = "result.json", "error.txt", "lock"
+RESULT, ROUTES, ERROR, LOCK = "result.json", "routes.npz", "error.txt", "lock"
 
 
 def read_record(run_dir: Path, config_hash: str) -> tuple[dict[str, Any] | None, str]:
@@ -35,14 +39,27 @@ def read_record(run_dir: Path, config_hash: str) -> tuple[dict[str, Any] | None,
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
-    """Put result.json in place in one step, so that it is either whole or absent; non-finite numbers become null."""
-    temporary = run_dir / f".{RESULT}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(record), file, allow_nan=False)
-        file.write("\n")
+    """Put result.json in place; non-finite numbers become null."""
+    _write(run_dir / RESULT, json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+
+
+def write_routes(run_dir: Path, routes: dict[str, np.ndarray]) -> None:
+    """Put routes.npz in place; before the record, which names it."""
+    import numpy as np  # here, as a sweep plans its runs without it
+
+    content = io.BytesIO()
+    np.savez_compressed(content, **routes)
+    _write(run_dir / ROUTES, content.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """In one step, so that the file is either whole or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, run_dir / RESULT)
+    os.replace(temporary, path)
 
 
 def _finite(value: Any) -> Any:

@@ -31,6 +31,8 @@ _PLAIN = {"color": "#666666"}
 # Percent; what lies below is drawn as empty.
 _FLOOR = 0.02
 _GRID = {"color": "#dddddd", "linewidth": 0.6}
+_CENTRED = {"ha": "center", "va": "center"}
+_BADGE = {"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 
 
 def style() -> AbstractContextManager:
@@ -272,29 +274,25 @@ class Regions(NamedTuple):
 def regions(
     panels: Sequence[Regions], x: np.ndarray, y: np.ndarray, points: np.ndarray, labels: np.ndarray, num_leaves: int
 ) -> Figure:
-    """Grid coloured by the leaf of the hard route, the classes' border as a line, and the data points.
+    """Grid coloured by the leaf of the hard route, the classes' borders as lines, and the data points.
 
     x (W,), y (H,): coordinates of the grid.  points: (N, 2).  labels: (N,) class of each point.
     """
-    base = matplotlib.colormaps["tab20"]
-    # The even entries are the strong tones, the odd ones the pale: pale first, as the points lie on them.
-    pale = [base((2 * i + 1) % 20) if i < 10 else base(2 * (i - 10) % 20) for i in range(num_leaves)]
-    figure = Figure(figsize=(3.9 * len(panels), 3.5), layout="constrained")
-    for panel, region in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    colors = _leaf_colors(num_leaves)
+    figure, axes = _grid_of(len(panels), width=3.9, height=3.5)
+    for panel, region in zip(axes, panels, strict=True):
         panel.pcolormesh(
             x,
             y,
             region.leaf,
-            cmap=ListedColormap(pale),
+            cmap=ListedColormap(colors),
             vmin=-0.5,
             vmax=num_leaves - 0.5,
             shading="nearest",
             rasterized=True,
         )
-        if region.label.min() < region.label.max():
-            panel.contour(
-                x, y, region.label, levels=np.arange(region.label.max()) + 0.5, colors="black", linewidths=1.6
-            )
+        for value in np.unique(region.label)[1:]:
+            panel.contour(x, y, region.label == value, levels=[0.5], colors="black", linewidths=1.6)
         for i, value in enumerate(np.unique(labels)):
             chosen = points[labels == value]
             panel.scatter(
@@ -310,14 +308,59 @@ def regions(
             # The point of the leaf nearest to its centre: a centre itself may lie outside.
             centre = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
             if len(rows) > 0.01 * region.leaf.size:
-                panel.text(
-                    x[columns[centre]],
-                    y[rows[centre]],
-                    str(leaf),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
-                )
+                panel.text(x[columns[centre]], y[rows[centre]], str(leaf), fontsize=8, bbox=_BADGE, **_CENTRED)
         panel.set(title=region.title, xticks=[], yticks=[])
+    return figure
+
+
+def _leaf_colors(num_leaves: int) -> list[tuple[float, ...]]:
+    base = matplotlib.colormaps["tab20"]
+    # The even entries are the strong tones, the odd ones the pale: pale first, as points lie on them.
+    return [base((2 * i + 1) % 20) if i < 10 else base(2 * (i - 10) % 20) for i in range(num_leaves)]
+
+
+def _grid_of(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels of this size in inches, row by row."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in axes[count:]:
+        panel.remove()
+    return figure, axes[:count]
+
+
+def class_counts(tables: Sequence[tuple[str, np.ndarray]]) -> Figure:
+    """How many rows of each class go to each leaf: (title, (C, E) counts) of each panel.
+
+    Colour is the share of the class's rows; the number is the count, left out where it is 0.
+    """
+    figure, axes = _grid_of(len(tables), width=4.8, height=3.2)
+    for panel, (title, counts) in zip(axes, tables, strict=True):
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        panel.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                color = "white" if share[i, j] > 0.6 else "black"
+                panel.text(j, i, str(count), fontsize=5.5, color=color, **_CENTRED)
+        panel.set(title=title, xlabel="leaf or expert", ylabel="class")
+        panel.set_xticks(range(counts.shape[1]))
+        panel.set_yticks(range(counts.shape[0]))
+        panel.tick_params(labelsize=6, length=2)
+    return figure
+
+
+def scattered(panels: Sequence[tuple[str, np.ndarray]], points: np.ndarray, classes: np.ndarray) -> Figure:
+    """The same points (T, 2), first coloured by class (T,), then by the leaf of each panel: (title, (T,))."""
+    figure, axes = _grid_of(1 + len(panels), width=3.4, height=3.2, columns=4)
+    tones = matplotlib.colormaps["tab10"](np.arange(10))
+    colored = [("class", tones[classes % 10])]
+    colored += [(title, np.array(_leaf_colors(leaf.max() + 1))[leaf]) for title, leaf in panels]
+    for panel, (title, color) in zip(axes, colored, strict=True):
+        # Smooth edges would take several times the bytes.
+        panel.scatter(*points.T, s=3, marker="s", c=color, linewidths=0, antialiased=False, rasterized=True)
+        panel.set(title=title, xticks=[], yticks=[])
+    for value in np.unique(classes):
+        # Its number at the median of a class.
+        axes[0].text(*np.median(points[classes == value], axis=0), str(value), fontsize=8, bbox=_BADGE, **_CENTRED)
     return figure

@@ -1,4 +1,4 @@
-"""What the layouts share that set our runs beside published tables: places in a table, cells as text, references."""
+"""What the layouts share that set our runs beside published tables: recipes, places, cells as text, references."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ from fff.report.tables import MISSING, number, percent, spread
 
 # Our names of the data sets, in the order of the tables, and those of the published tables.
 DATASETS = {"usps": "USPS", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+
+# Recipes in the order of the tables; another one follows under its own name.
+RECIPES = {"paper": "paper's recipe", "first": "our first recipe", "ours": "our recipe"}
+# What the runs were that do not name their recipe, as those from before it was recorded: of all layers, and of trees.
+_UNNAMED = {
+    "paper": (
+        {"task.optimizer._target_": "torch.optim.SGD", "task.optimizer.lr": "0.2", "task.lr_schedule": ""},
+        {"layer.mode": "soft", "layer.hardening_weight": "3.0"},
+    ),
+    "first": (
+        {"task.optimizer._target_": "torch.optim.AdamW", "task.optimizer.lr": "0.001", "task.lr_schedule": ""},
+        {"layer.mode": "straight_through", "layer.balance_weight": "0.1"},
+    ),
+}
 
 Cell = dict[str, Any]
 
@@ -90,3 +104,17 @@ def hardware(runs: pd.DataFrame) -> str:
     device = text(runs, "hardware.device").where(lambda name: name != "", "device not recorded")
     places = (text(runs, "hardware.cpu") + ", " + device).value_counts().sort_index()
     return "Hardware: " + "; ".join(f"{place} ({count} runs)" for place, count in places.items()) + "."
+
+
+def recipe_of(runs: pd.DataFrame) -> pd.Series:
+    """The name that a run recorded; of others what they were tells it, and "" where it does not."""
+    recipe = text(runs, "recipe")
+    tree = text(runs, "layer.mode") != ""
+    for name, (training, layer) in _UNNAMED.items():
+        same = pd.Series(True, runs.index)
+        for column, value in training.items():
+            same &= text(runs, column) == value
+        for column, value in layer.items():
+            same &= ~tree | (text(runs, column) == value)
+        recipe = recipe.mask((recipe == "") & same, name)
+    return recipe

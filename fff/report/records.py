@@ -1,4 +1,4 @@
-"""Run records to tidy CSV files: one row per run, and the mean history of each cell.
+"""Run records to tidy CSV files: one row per run, and the mean history of each cell; their routes to one file.
 
 A cell is a configuration without its seed: the runs of a cell differ by nothing else. All values are kept as text, so
 that reading a file and writing it again changes no byte.
@@ -15,6 +15,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fff.report.routes import Arrays, pack, read_arrays, unpack
 
 SCHEMA = 1
 HISTORY = ("train_loss", "train_accuracy", "val_accuracy", "node_entropy", "leaves_used")
@@ -34,22 +36,24 @@ Row = dict[str, str]
 
 
 class Collected(NamedTuple):
-    """rows: one per readable record.  histories: (cell, history) of the same runs.
-    problems: one line for each record that is not counted and each run without one."""
+    """rows: one per readable record.  histories: (cell, history) of the same runs.  routes: by run id, of those that
+    kept them.  problems: one line for each record that is not counted and each run without one."""
 
     rows: list[Row]
     histories: list[tuple[str, dict[str, list]]]
+    routes: dict[str, Arrays]
     problems: list[str]
 
 
 def collect(folder: Path) -> Collected:
-    """Read `<folder>/*/result.json`."""
-    found = Collected([], [], [])
+    """Read `<folder>/*/result.json`, and the routes where the record names them."""
+    found = Collected([], [], {}, [])
     for run in sorted(path for path in folder.glob("*") if path.is_dir()):
         path = run / "result.json"
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             row = flatten(record)
+            routes = _routes(run, record)
         except FileNotFoundError:
             found.problems.append(f"{run}: {'failed' if (run / 'error.txt').exists() else 'not finished'}, not counted")
         except (OSError, ValueError) as error:
@@ -57,7 +61,19 @@ def collect(folder: Path) -> Collected:
         else:
             found.rows.append(row)
             found.histories.append((row["cell"], record.get("history") or {}))
+            if routes:
+                found.routes[row["run_id"]] = routes
     return found
+
+
+def _routes(run: Path, record: dict[str, Any]) -> Arrays:
+    """Empty where the run kept none; ValueError where those that it kept cannot be read."""
+    if not record.get("routes"):
+        return {}
+    path = run / record["routes"]
+    if not path.exists():
+        raise ValueError(f"{path.name} is not there")
+    return read_arrays(path.name, path.read_bytes())
 
 
 def flatten(record: Any) -> Row:
@@ -241,15 +257,16 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 class Update(NamedTuple):
-    """files: what the CSV files of a study are to hold, by path; empty if no run directory has a record.
+    """files: what the CSV files of a study and its routes are to hold, by path; empty if no run directory has a record.
     problems: what is not counted, one line each."""
 
-    files: dict[Path, str]
+    files: dict[Path, str | bytes]
     problems: list[str]
 
 
 def update(study: str, runs_dir: Path, results_dir: Path) -> Update:
-    """`<results_dir>/runs/<study>.csv` and its `.history.csv`, with the records of the run directories; not written."""
+    """`<results_dir>/runs/<study>.csv`, its `.history.csv` and, where runs kept routes, its `.npz`, with the records of
+    the run directories; not written."""
     found = collect(runs_dir / study)
     if not found.rows:
         return Update({}, found.problems)
@@ -257,5 +274,13 @@ def update(study: str, runs_dir: Path, results_dir: Path) -> Update:
     history = path.with_suffix(".history.csv")
     rows = merge(read_csv(path), found.rows)
     means = merge_history(read_csv(history), found.histories)
-    files = {path: csv_text(rows, columns(rows)), history: csv_text(means, ("cell", "epoch", "runs", *HISTORY))}
+    files: dict[Path, str | bytes] = {
+        path: csv_text(rows, columns(rows)),
+        history: csv_text(means, ("cell", "epoch", "runs", *HISTORY)),
+    }
+    archive = path.with_suffix(".npz")
+    older = {row["run_id"] for row in rows} - {row["run_id"] for row in found.rows}
+    stored = unpack(archive, archive.read_bytes()) if archive.exists() else {}
+    if routes := {run_id: arrays for run_id, arrays in stored.items() if run_id in older} | found.routes:
+        files[archive] = pack(routes)
     return Update(files, found.problems)

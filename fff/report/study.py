@@ -24,12 +24,14 @@ _BEGIN, _END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 
 class StudyData(NamedTuple):
-    """runs, history: empty where the study has no such file.  results_dir: for reference values and other records."""
+    """runs, history, archive (content of `runs/<study>.npz`): empty where the study has no such file.  results_dir: for
+    reference values and other records."""
 
     name: str
     runs: pd.DataFrame
     history: pd.DataFrame
     results_dir: Path
+    archive: bytes = b""
 
 
 class Report(NamedTuple):
@@ -58,7 +60,7 @@ def studies(runs_dir: Path, results_dir: Path) -> list[str]:
     return sorted(names | timed | {path.stem.removesuffix(".history") for path in records})
 
 
-def load(name: str, results_dir: Path, files: Mapping[Path, str] | None = None) -> StudyData:
+def load(name: str, results_dir: Path, files: Mapping[Path, str | bytes] | None = None) -> StudyData:
     """files: by path, what is to be read instead of what lies there (`records.update`)."""
     files = files or {}
 
@@ -67,6 +69,7 @@ def load(name: str, results_dir: Path, files: Mapping[Path, str] | None = None) 
 
     runs = source(results_dir / "runs" / f"{name}.csv")
     history = source(results_dir / "runs" / f"{name}.history.csv")
+    archive = results_dir / "runs" / f"{name}.npz"
     return StudyData(
         name,
         pd.DataFrame() if runs is None else read_runs(runs),
@@ -74,6 +77,7 @@ def load(name: str, results_dir: Path, files: Mapping[Path, str] | None = None) 
         if history is None
         else pd.read_csv(history, dtype={"cell": str}),
         results_dir,
+        files[archive] if archive in files else archive.read_bytes() if archive.exists() else b"",
     )
 
 
@@ -134,7 +138,7 @@ def generic_figures(data: StudyData, cells: pd.DataFrame) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def publish(data: StudyData, files: Mapping[Path, str] | None = None) -> Published:
+def publish(data: StudyData, files: Mapping[Path, str | bytes] | None = None) -> Published:
     """Write `tables/<study>.{md,tex,csv}`, `figures/<study>_*.{svg,png}` and `files`, once all of them are made."""
     written: dict[Path, str | bytes] = {**(files or {})}
     with figures.style():

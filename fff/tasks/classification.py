@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -20,6 +21,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1
 from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
 from fff.tasks.callbacks import LayerSchedule, RandomState
 from fff.tasks.protocol import Protocol, evaluate
+from fff.tasks.routes import measure_routes
 
 
 class Classification(LightningModule):
@@ -35,6 +37,7 @@ class Classification(LightningModule):
         best validation accuracy so far, and the optimiser forgets its averages.
     router_lr_factor: times the learning rate, for the parameters that decide where rows go.
     test: whether `results` looks at the test rows; False for a search, whose runs then have no GA to select by.
+    keep_routes: whether the record of a run is to have `routes`; for a model with one routed layer.
     """
 
     def __init__(
@@ -50,20 +53,27 @@ class Classification(LightningModule):
         restart_from_best: Sequence[int] = (),
         router_lr_factor: float = 1.0,
         test: bool = True,
+        keep_routes: bool = False,
     ) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
         if any(epoch < 1 for epoch in restart_from_best):
             raise ValueError(f"restart_from_best={list(restart_from_best)}: before epoch 1 there is no best")
+        if not router_lr_factor > 0:
+            raise ValueError(f"router_lr_factor={router_lr_factor!r} must be > 0")
+        if keep_routes and not test:
+            raise ValueError("keep_routes=True keeps those of the test rows, which test=False never looks at")
+        num_layers = sum(isinstance(module, RoutedLayer) for module in model.modules())
+        if keep_routes and num_layers != 1:
+            raise ValueError(f"keep_routes={keep_routes} needs a model with one routed layer, not {num_layers}")
         self.model = model
         self.num_classes = num_classes
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
+        self.keep_routes = keep_routes
         self.protocol = Protocol(patience)
-        if not router_lr_factor > 0:
-            raise ValueError(f"router_lr_factor={router_lr_factor!r} must be > 0")
         self.restart_from_best = frozenset(restart_from_best)
         self.router_lr_factor = router_lr_factor
         self.test = test
@@ -201,6 +211,12 @@ class Classification(LightningModule):
             "history": {name: list(values) for name, values in protocol.history.items()},
             "backend": trained if trained == evaluated else f"{trained} (training), {evaluated} (evaluation)",
         }
+
+    def routes(self, data: LightningDataModule) -> dict[str, np.ndarray] | None:
+        """`measure_routes` of the weights that `results` measured and left in the model; None if there are none."""
+        if not self.protocol.best["val"].weights:
+            return None
+        return measure_routes(self.model, data.train_eval_dataloader(), data.test_dataloader())
 
     def _measure(self, data: LightningDataModule) -> tuple[dict[str, Any], str]:
         """What the best weights do with the rows, by the names in `_MEASURED`, and the backend of the hard route."""

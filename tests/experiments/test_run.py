@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lightning.pytorch import Callback
 
@@ -14,10 +15,10 @@ from experiments import provenance, sweep
 from experiments.check import ConfigError
 from experiments.config import config_hash, config_path, identity
 from experiments.run import CHECKPOINT, run, summary
-from experiments.store import ERROR, RESULT, lock
+from experiments.store import ERROR, RESULT, ROUTES, lock
 
 EXPERIMENTS = sorted(path.stem for path in Path(config_path(), "experiment").glob("*.yaml"))
-NUM_RUNS = {"debug": 1, "demo": 15, "table1": 620, "efff": 72}
+NUM_RUNS = {"debug": 1, "demo": 15, "table1": 620, "efff": 72, "routing": 30}
 QUICK = ["trainer.max_epochs=2", "width=16", "trainer.accelerator=cpu"]
 NOISY = ["layer=fff_straight_through", "layer.drop=0.2", "layer.region_leak=0.1"]
 
@@ -58,6 +59,26 @@ def test_a_finished_run_is_skipped_unless_forced(finished, make_config):
     assert run(make_config(*QUICK, "force=true")).status == "finished"
     assert (outcome.run_dir / RESULT).stat().st_mtime_ns != written
     assert read(outcome)["metrics"] == before  # the same seed
+
+
+def test_routes_are_kept_where_they_are_asked_for(make_config, monkeypatch):
+    """One row of them for each test row; a run that is made again does not leave those of the run before."""
+    import fff.tasks
+
+    routed = [*QUICK, "task.keep_routes=true"]
+    outcome = run(make_config(*routed))
+    record = read(outcome)
+    assert record["routes"] == ROUTES
+    assert sorted(path.name for path in outcome.run_dir.iterdir()) == [RESULT, ROUTES]
+    with np.load(outcome.run_dir / ROUTES) as routes:
+        load = np.bincount(routes["index"][:, 0], minlength=record["metrics"]["num_leaves"])
+    assert load.tolist() == record["metrics"]["leaf_load"]
+    before = (outcome.run_dir / ROUTES).read_bytes()
+    monkeypatch.setattr(fff.tasks.Classification, "results", lambda self, data: 1 / 0)
+    assert run(make_config(*routed, "force=true")).status == "failed" and not (outcome.run_dir / ROUTES).exists()
+    monkeypatch.undo()
+    assert run(make_config(*routed)).status == "finished"
+    assert (outcome.run_dir / ROUTES).read_bytes() == before, "the same seed"
 
 
 def test_a_truncated_record_is_reported_and_run_again(finished, make_config, capsys):

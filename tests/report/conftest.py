@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fff.report import records
@@ -28,8 +29,8 @@ def update(runs_dir, results_dir):
 
     def write_files(study):
         files, problems = records.update(study, runs_dir, results_dir)
-        for path, text in files.items():
-            records.write(path, text)
+        for path, content in files.items():
+            records.write(path, content)
         return problems
 
     return write_files
@@ -37,7 +38,9 @@ def update(runs_dir, results_dir):
 
 @pytest.fixture
 def write_run(runs_dir):
-    """Write the record of one run: a dense layer of `width`, or with `depth` a tree with leaves of `width`."""
+    """Write the record of one run: a dense layer of `width`, or with `depth` a tree with leaves of `width`.
+
+    routes: arrays by name, kept beside the record."""
 
     def write(
         study="study",
@@ -53,6 +56,7 @@ def write_run(runs_dir):
         seed=0,
         history=None,
         digest=None,
+        routes=None,
         **metrics,
     ) -> Path:
         tree = depth is not None
@@ -123,6 +127,9 @@ def write_run(runs_dir):
             record["recipe"] = recipe
         path = runs_dir / study / run_id / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if routes is not None:
+            record["routes"] = "routes.npz"
+            np.savez_compressed(path.parent / "routes.npz", **routes)
         path.write_text(json.dumps(record))
         return path
 

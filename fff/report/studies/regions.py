@@ -1,5 +1,6 @@
 """Which part of the plane each leaf of a small tree takes (`python -m experiments.regions`)."""
 
+import io
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from fff.report.tables import Table, number, percent
 
 
 def report(data: StudyData) -> Report:
-    with np.load(data.results_dir / "runs" / f"{data.name}.npz", allow_pickle=False) as record:
+    with np.load(io.BytesIO(data.archive), allow_pickle=False) as record:
         runs = json.loads(record["meta"].item())["runs"]
         arms = [
             figures.Regions(

@@ -15,12 +15,14 @@ from fff.report import figures
 from fff.report.cells import summarize
 from fff.report.paper import (
     DATASETS,
+    RECIPES,
     Cell,
     ahead,
     hardware,
     mean,
     missing_references,
     placed,
+    recipe_of,
     reference,
     shown,
     signed,
@@ -31,23 +33,10 @@ from fff.report.records import config_columns
 from fff.report.study import Report, StudyData
 from fff.report.tables import MISSING, Table, integer, number, of, percent, spread
 
-# Recipes in the order of the tables; another one follows under its own name.
-RECIPES = {"paper": "paper's recipe", "first": "our first recipe", "ours": "our recipe"}
 _RECIPE_NOTE = (
     "Paper's recipe: SGD, soft training with hardening loss; our first recipe: AdamW at a constant rate,"
     " straight-through training with leaf balance. Accuracies of the hard route, in percent."
 )
-# What the runs were that do not name their recipe, as those from before it was recorded: of all layers, and of trees.
-_UNNAMED = {
-    "paper": (
-        {"task.optimizer._target_": "torch.optim.SGD", "task.optimizer.lr": "0.2", "task.lr_schedule": ""},
-        {"layer.mode": "soft", "layer.hardening_weight": "3.0"},
-    ),
-    "first": (
-        {"task.optimizer._target_": "torch.optim.AdamW", "task.optimizer.lr": "0.001", "task.lr_schedule": ""},
-        {"layer.mode": "straight_through", "layer.balance_weight": "0.1"},
-    ),
-}
 _MODELS = {"FeedForward": "ff", "FFF": "fff"}
 _KEY = ["data", "recipe", "model", "leaf_width", "width"]
 _WIDTHS, _LEAVES = (16, 32, 64, 128), (8, 4, 2, 1)
@@ -118,7 +107,7 @@ def report(data: StudyData) -> Report:
     """
     runs = data.runs.assign(
         data=text(data.runs, "data.name"),
-        recipe=_recipe(data.runs),
+        recipe=recipe_of(data.runs),
         model=text(data.runs, "layer._target_").str.rpartition(".")[2].map(_MODELS),
         leaf_width=size(data.runs, "layer.leaf_width"),
         width=data.runs["metrics.training_width"],
@@ -150,20 +139,6 @@ def report(data: StudyData) -> Report:
     if (figure := _figure5(data, parts)) is not None:
         drawn["figure5"] = figure
     return Report(_beside_paper(every, parts), tables, drawn, remarks)
-
-
-def _recipe(runs: pd.DataFrame) -> pd.Series:
-    """The name that a run recorded; of others what they were tells it, and "" where it does not."""
-    recipe = text(runs, "recipe")
-    tree = text(runs, "layer.mode") != ""
-    for name, (training, layer) in _UNNAMED.items():
-        same = pd.Series(True, runs.index)
-        for column, value in training.items():
-            same &= text(runs, column) == value
-        for column, value in layer.items():
-            same &= ~tree | (text(runs, column) == value)
-        recipe = recipe.mask((recipe == "") & same, name)
-    return recipe
 
 
 def _recipes_of(runs: pd.DataFrame, summary: pd.DataFrame) -> dict[str, list[str]]:
