@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,14 +19,14 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1
 
 from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
 from fff.tasks.callbacks import LayerSchedule, RandomState
-from fff.tasks.protocol import Protocol, evaluate
+from fff.tasks.protocol import Protocol, dispatch_entropy, evaluate
 
 
 class Classification(LightningModule):
     """Trains `model` on (x, y) batches; with `protocol_callbacks()` in the Trainer, `results` then measures the run.
 
-    optimizer: parameters -> Optimizer, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`. `fused=True` is
-        added where the optimiser and the parameters allow it and nothing else was asked for.
+    optimizer: named parameters -> Optimizer, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`. `fused=True`
+        is added where the optimiser and the parameters allow it and nothing else was asked for.
     lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch; ReduceLROnPlateau gets the training accuracy
         (give it `mode="max"`).
     patience: epochs without a better training or validation accuracy after which training stops.
@@ -85,7 +86,7 @@ class Classification(LightningModule):
         return losses
 
     def configure_optimizers(self) -> Optimizer:
-        optimizer = self.make_optimizer(self.model.parameters(), **self._fused())
+        optimizer = self.make_optimizer(self.model.named_parameters(), **self._fused())
         if self.make_lr_schedule is not None:
             self._lr_schedule = self.make_lr_schedule(optimizer)
             if self._restored_lr_schedule is not None:
@@ -138,7 +139,9 @@ class Classification(LightningModule):
 
         Leaves the model with the weights of the best validation accuracy. Of several routed layers the sizes, leaves
         and loads are summed or chained, and the largest share is the largest of any. NaN becomes None, and so does all
-        that is measured with weights if the first epoch diverged, as there are none to measure then.
+        that is measured with weights if the first epoch diverged, as there are none to measure then. Where the data
+        module knows the cluster of each test row (`test_cluster`, in the order of its loader), the dispatch entropy is
+        measured too.
         """
         protocol = self.protocol
         if not protocol.history["epoch"]:
@@ -179,12 +182,14 @@ class Classification(LightningModule):
                 "calibration_error": MulticlassCalibrationError(self.num_classes),
             }
         ).to(next(self.model.parameters()).device)
-        test = evaluate(
-            self.model,
-            data.test_dataloader(),
-            soft=True,
-            observe=lambda logits, y: report.update(logits.float().softmax(-1), y),
-        )
+        cluster, chosen = getattr(data, "test_cluster", None), []
+
+        def observe(logits: Tensor, y: Tensor) -> None:
+            report.update(logits.float().softmax(-1), y)
+            if cluster is not None:
+                chosen.append(self._chosen_experts())
+
+        test = evaluate(self.model, data.test_dataloader(), soft=True, observe=observe)
 
         entropy = test.node_entropy
         measured = {
@@ -202,7 +207,17 @@ class Classification(LightningModule):
             "leaf_load": [count for usage in test.usage for count in usage.load.tolist()],
             **{name: value.item() for name, value in report.compute().items()},
         }
+        if cluster is not None:
+            measured["dispatch_entropy"] = dispatch_entropy(torch.cat(chosen), cluster.to(chosen[0].device))
         return measured, test.backend
+
+    def _chosen_experts(self) -> Tensor:
+        """(T, K) hard choices of the last forward over all layers, whose experts are counted through."""
+        indices, first = [], 0
+        for _, record in routing(self.model):
+            indices.append(torch.where(record.index < 0, -1, record.index + first))
+            first += record.num_experts
+        return torch.cat(indices, dim=1)
 
     def _restore(self, epoch: int, weights: dict[str, Tensor]) -> None:
         self.model.load_state_dict(weights)

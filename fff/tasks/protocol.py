@@ -122,6 +122,20 @@ def evaluate(
     )
 
 
+def dispatch_entropy(index: Tensor, cluster: Tensor) -> float:
+    """Mean entropy, in nats, of the clusters of the rows that an expert takes, each expert weighted by its share of the
+    choices: 0 where every expert knows one cluster, the entropy of the clusters where none specialises.
+
+    Chen et al. 2022 (arXiv 2208.02813), section 6.  index: (T, K) chosen experts, -1 for none.  cluster: (T,) from 0.
+    """
+    num_clusters = int(cluster.max()) + 1
+    pair = (index * num_clusters + cluster[:, None])[index >= 0]
+    rows = torch.bincount(pair, minlength=(int(index.max()) + 1) * num_clusters).view(-1, num_clusters).double()
+    load = rows.sum(1)
+    entropy = torch.special.entr(rows / load.clamp(min=1)[:, None]).sum(1)
+    return float((load * entropy).sum() / load.sum())
+
+
 def _usage(records: list[tuple[int, Tensor, Tensor | None]]) -> LayerUsage:
     rows = sum(count for count, _, _ in records)
     load = torch.stack([batch_load for _, batch_load, _ in records]).sum(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fff
-from fff.models import Classifier
+from fff.models import Classifier, SoftmaxClassifier
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 4), (1, 2, 6)])
@@ -31,3 +31,9 @@ def test_make_ff_is_called_by_the_convention():
 
     Classifier(make_ff, 12, 3)
     assert calls == [((12,), {"out_features": 3})]
+
+
+def test_class_probabilities_where_two_softmaxes_are_asked_for():
+    model = SoftmaxClassifier(partial(fff.FeedForward, hidden_features=5), in_features=12, num_classes=3)
+    x = torch.randn(7, 3, 4)
+    torch.testing.assert_close(model(x), model.ff(x.reshape(7, 12)).softmax(1))
