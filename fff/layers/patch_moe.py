@@ -97,12 +97,15 @@ class PatchMoE(RoutedLayer):
         rows = self.rows(x)
         patches = rows.unflatten(1, (self.num_patches, -1))
         index, gate = self._route(patches)
+        b_in = self.b_in
+        if self.act_layer == "identity":  # the sum over patches may come first
+            patches, b_in = patches.sum(1, keepdim=True), self.num_patches * b_in
         # Every patch of a row goes through the expert of the row; the only one needs no dispatch.
-        each = None if gate is None else index.repeat_interleave(self.num_patches, 0)
+        each = None if gate is None else index.repeat_interleave(patches.shape[1], 0)
         w_out = self.read_out.to(self.w_in.dtype).expand(self.num_experts, -1, -1)
-        call = patches.flatten(0, 1), each, None, self.w_in, self.b_in, w_out, None
+        call = patches.flatten(0, 1), each, None, self.w_in, b_in, w_out, None
         backend = choose_backend("auto", *call, activation=self.act)
-        y = expert_mlp(*call, activation=self.act, backend=backend).unflatten(0, (-1, self.num_patches)).sum(1)
+        y = expert_mlp(*call, activation=self.act, backend=backend).unflatten(0, (-1, patches.shape[1])).sum(1)
         if gate is not None:
             y = y * gate.to(y.dtype)
         if not exporting():

@@ -30,6 +30,7 @@ class Classification(LightningModule):
     lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch; ReduceLROnPlateau gets the training accuracy
         (give it `mode="max"`).
     patience: epochs without a better training or validation accuracy after which training stops.
+    stop_loss: mean task loss of an epoch that ends training; None: none does.
     schedules: attribute of the layers -> points of its `LayerSchedule`.
     """
 
@@ -42,6 +43,7 @@ class Classification(LightningModule):
         lr_schedule: Callable[[Optimizer], LRScheduler] | None = None,
         label_smoothing: float = 0.0,
         patience: int = 50,
+        stop_loss: float | None = None,
         schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
     ) -> None:
         super().__init__()
@@ -52,7 +54,7 @@ class Classification(LightningModule):
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
-        self.protocol = Protocol(patience)
+        self.protocol = Protocol(patience, stop_loss)
         self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
         self._lr_schedule: LRScheduler | None = None
         self._restored_lr_schedule: dict[str, Any] | None = None

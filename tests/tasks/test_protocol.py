@@ -72,6 +72,14 @@ def test_training_stops_when_neither_accuracy_improved_for_patience_epochs(
     assert len(task.protocol.history["epoch"]) == epochs
 
 
+def test_training_stops_at_the_loss_that_was_asked_for(scripted, scripted_data, fit):
+    model = scripted(train=TRAIN, val=VAL, test=TEST)
+    task = make_task(model, stop_loss=1.2)
+    fit(task, scripted_data(), max_epochs=7)
+    losses = task.protocol.history["train_loss"]
+    assert losses[-1] <= 1.2 < min(losses[:-1]) and len(losses) < 7
+
+
 def test_a_gain_in_validation_alone_keeps_the_training_going(scripted, scripted_data, fit):
     flat = [0.5] * 6
     model = scripted(train=flat, val=[0.1, 0.2, 0.3, 0.4, 0.4, 0.4], test=flat)
