@@ -13,7 +13,13 @@ from fff.report.study import StudyData
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "chen2022_synthetic.csv"
 PATCH = {"layer._target_": "fff.PatchMoE", "layer.channels": 8, "layer.num_experts": 8}
-TREE = {"layer._target_": "fff.FFF", "layer.depth": 2, "layer.leaf_width": 4, "layer.mode": "straight_through"}
+TREE = {
+    "layer._target_": "fff.FFF",
+    "layer.depth": 2,
+    "layer.leaf_width": 4,
+    "layer.mode": "straight_through",
+    "layer.top_k": 2,
+}
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def test_ours_stand_beside_the_published_values_of_the_same_model(study):
     assert line(accuracy, "single, linear, 128 units", "ours")[1] == "70.00"
     assert line(accuracy, "single, linear, 128 units", "authors' notebook")[1] == "69.56"
     assert line(accuracy, "dense, 32 units", "ours")[2] == "98.00"
-    assert line(accuracy, "FFF, depth 2, 4 x 4, straight-through", "ours")[3] == "99.00"
+    assert line(accuracy, "FFF, depth 2, 4 x 4, straight-through, 2 leaves", "ours")[3] == "99.00"
     assert line(entropy, "mixture, cubic, 8 x 16", "ours")[0] == "0.200 ± 0.141"
     assert line(entropy, "mixture, cubic, 8 x 16", "paper")[0] == "0.098 ± 0.087"
     # A single expert has nothing to dispatch.

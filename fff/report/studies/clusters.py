@@ -113,9 +113,11 @@ def _model(row: dict[str, str]) -> str:
     if layer == "FeedForward":
         return f"dense, {row['layer.hidden_features']} units"
     if layer == "MoE":
-        return f"{row['layer.router']} mixture, {row['layer.num_experts']} x {row['layer.expert_width']}"
-    mode = row["layer.mode"].replace("_", "-")
-    return f"{layer}, depth {row['layer.depth']}, {2 ** int(row['layer.depth'])} x {row['layer.leaf_width']}, {mode}"
+        chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} experts"
+        return f"{row['layer.router']} mixture, {row['layer.num_experts']} x {row['layer.expert_width']}{chosen}"
+    mode, depth = row["layer.mode"].replace("_", "-"), int(row["layer.depth"])
+    chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} leaves"
+    return f"{layer}, depth {depth}, {2**depth} x {row['layer.leaf_width']}, {mode}{chosen}"
 
 
 def _published(values: pd.DataFrame) -> pd.DataFrame:
