@@ -71,7 +71,8 @@ def report(data: StudyData) -> Report:
                 )
             ),
             f"{_NOTE} Dispatch entropy: entropy of the cluster among the rows of an expert (leaf), mean over the rows:"
-            " 0 where each knows one cluster, ln 4 = 1.386 where none specialises. Theirs: training rows, with noise.",
+            " 0 where each knows one cluster, ln 4 = 1.386 where none specialises. Where two are chosen, both choices"
+            " count. Theirs: training rows, with noise.",
             2,
         ),
         Table(
