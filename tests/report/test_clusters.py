@@ -69,7 +69,7 @@ def test_ours_stand_beside_the_published_values_of_the_same_model(study):
     assert line(accuracy, "single, linear, 128 units", "ours")[1] == "70.00"
     assert line(accuracy, "single, linear, 128 units", "authors' notebook")[1] == "69.56"
     assert line(accuracy, "dense, 32 units", "ours")[2] == "98.00"
-    assert line(accuracy, "FFF, depth 2, 4 x 4, straight-through, 2 leaves", "ours")[3] == "99.00"
+    assert line(accuracy, "FFF, 4 x 4, straight-through, 2 leaves", "ours")[3] == "99.00"
     assert line(entropy, "mixture, cubic, 8 x 16", "ours")[0] == "0.200 ± 0.141"
     assert line(entropy, "mixture, cubic, 8 x 16", "paper")[0] == "0.098 ± 0.087"
     # A single expert has nothing to dispatch.
@@ -87,5 +87,5 @@ def test_ceiling_is_the_probability_of_the_right_sign(study):
 
 def test_two_configurations_for_one_place_are_refused(study):
     wider = TREE | {"layer.hardening_weight": 1.0}
-    with pytest.raises(ValueError, match=r"2 configurations for one place of the table \(FFF, depth 2, .*, 1\)"):
+    with pytest.raises(ValueError, match=r"2 configurations for one place of the table \(FFF, 4 x 4.*, 1\)"):
         clusters.report(study((TREE, 1, 0.9, 0), (wider, 1, 0.9, 0)))

@@ -26,7 +26,8 @@ _ACTIVATIONS = {"identity": "linear", "cube": "cubic", "linear": "linear", "nonl
 _NOTE = (
     "Columns: settings of the data. Mean ± standard deviation over the seeds, test rows, hard route, weights of the"
     " best validation accuracy; runs that diverged count with their best weights before that. Trees, dense layers and"
-    " the switch mixture take the sum of a row's four patches, the models of the paper the four patches."
+    " the switch and mixtral mixtures take the sum of a row's four patches, the models of the paper the four patches."
+    " 8 x 4: eight experts or leaves of 4 units; a tree of depth 2 has four leaves, one of depth 3 eight."
 )
 
 
@@ -100,7 +101,7 @@ def report(data: StudyData) -> Report:
     paper = published[published["source"] == "paper"]
     beside = [_of(paper, *place) for place in cells[["model", "setting"]].itertuples(index=False)]
     cells["paper_acc"] = [float("nan") if row is None else row["acc"] for row in beside]
-    return Report(cells, tables, {"accuracy": _figure(cells, published)})
+    return Report(cells, tables, {"accuracy": _figure(runs, cells, published)})
 
 
 def _model(row: dict[str, str]) -> str:
@@ -118,7 +119,7 @@ def _model(row: dict[str, str]) -> str:
         return f"{row['layer.router']} mixture, {row['layer.num_experts']} x {row['layer.expert_width']}{chosen}"
     mode, depth = row["layer.mode"].replace("_", "-"), int(row["layer.depth"])
     chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} leaves"
-    return f"{layer}, depth {depth}, {2**depth} x {row['layer.leaf_width']}, {mode}{chosen}"
+    return f"{layer}, {2**depth} x {row['layer.leaf_width']}, {mode}{chosen}"
 
 
 def _published(values: pd.DataFrame) -> pd.DataFrame:
@@ -193,30 +194,26 @@ def _beside(
     return lines
 
 
-def _figure(cells: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """Test accuracy of each model, a panel for each setting; hollow: published."""
+def _figure(runs: pd.DataFrame, cells: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Test error of each model, logarithmic, a panel for each setting: pale dots are seeds, hollow marks published."""
     models = list(dict.fromkeys(cells["model"]))[::-1]
-    figure = Figure(figsize=(9.0, 0.8 + 0.27 * len(models)), layout="constrained")
-    panels = figure.subplots(1, len(SETTINGS), sharey=True)
+    figure = Figure(figsize=(11.0, 1.2 + 0.24 * len(models)), layout="constrained")
+    panels = figure.subplots(1, len(SETTINGS), sharey=True, sharex=True)
+    places = {"seeds": (runs, "metrics.ga", 100), "mean": (cells, "ga_mean", 100), "published": (published, "acc", 1)}
+    looks = {
+        "seeds": {"color": figures.PALETTE[5], "marker": "o", "markersize": 3},
+        "mean": {"color": figures.PALETTE[0], "marker": "o", "markersize": 5},
+        "published": {"color": figures.PALETTE[1], "marker": "D", "markersize": 6, "markerfacecolor": "none"},
+    }
     for panel, setting in zip(panels, SETTINGS, strict=True):
-        ours = cells[cells["setting"] == setting]
-        theirs = published[(published["setting"] == setting) & published["model"].isin(models)]
-        panel.errorbar(
-            100 * ours["ga_mean"],
-            [models.index(model) for model in ours["model"]],
-            xerr=np.nan_to_num(100 * ours["ga_std"]),
-            color=figures.PALETTE[0],
-            **{"marker": "o", "markersize": 4.5, "linestyle": "", "capsize": 2, "label": "ours"},
-        )
-        panel.plot(
-            theirs["acc"],
-            [models.index(model) for model in theirs["model"]],
-            color=figures.PALETTE[1],
-            **{"marker": "D", "markersize": 6, "markerfacecolor": "none", "linestyle": "", "label": "published"},
-        )
-        panel.set(
-            title=f"setting {setting}", xlabel="test accuracy in %", yticks=range(len(models)), yticklabels=models
-        )
+        for name, (frame, column, scale) in places.items():
+            points = frame[(frame["setting"] == setting) & frame["model"].isin(models)]
+            error = 100 - scale * points[column]
+            panel.plot(error, [models.index(m) for m in points["model"]], linestyle="", label=name, **looks[name])
+        panel.set(title=f"setting {setting}", xlabel="test error in %", xscale="log")
         panel.grid(axis="both", color="#dddddd", linewidth=0.6)
+    panels[0].set_xticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
+    panels[0].set_yticks(range(len(models)), models)
     figures.legend_below(figure, panels)
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)  # long names are wider in a bitmap than in the layout
     return figure
