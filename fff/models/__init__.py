@@ -1,5 +1,6 @@
 """Models built around a routed layer; they take `make_ff` and know only the layers' contract."""
 
 from fff.models.classifier import Classifier
+from fff.models.softmax_classifier import SoftmaxClassifier
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "SoftmaxClassifier"]

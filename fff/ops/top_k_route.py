@@ -100,6 +100,14 @@ def switch(logits: Float[Tensor, "T E"]) -> TopKRoute:
     return TopKRoute(index, probability.gather(1, index), probability, logits)
 
 
+def linear_top_1(logits: Float[Tensor, "T E"], noise: Float[Tensor, "T E"] | None = None) -> TopKRoute:
+    """The largest of logits + noise, which is itself the gate, of either sign; Chen et al. 2022 (arXiv 2208.02813), as
+    in the authors' code. Their noise is uniform in [0, 1), at test as well."""
+    noisy = logits if noise is None else logits + noise
+    index = _largest(noisy, 1)
+    return TopKRoute(index, noisy.gather(1, index), noisy.softmax(-1), logits)
+
+
 def soft(logits: Float[Tensor, "T E"]) -> TopKRoute:
     """Every expert, gated with its probability; Jacobs et al. 1991. Index columns are in expert order."""
     probability = logits.softmax(-1)

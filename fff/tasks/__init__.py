@@ -2,6 +2,7 @@
 
 from fff.tasks.callbacks import LayerSchedule, RandomState
 from fff.tasks.classification import Classification
+from fff.tasks.normalized_gd import NormalizedGD
 from fff.tasks.protocol import Protocol, evaluate
 
-__all__ = ["Classification", "LayerSchedule", "Protocol", "RandomState", "evaluate"]
+__all__ = ["Classification", "LayerSchedule", "NormalizedGD", "Protocol", "RandomState", "evaluate"]

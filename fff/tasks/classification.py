@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -20,18 +21,19 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1
 
 from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
 from fff.tasks.callbacks import LayerSchedule, RandomState
-from fff.tasks.protocol import Protocol, evaluate
+from fff.tasks.protocol import Protocol, dispatch_entropy, evaluate
 from fff.tasks.routes import measure_routes
 
 
 class Classification(LightningModule):
     """Trains `model` on (x, y) batches; with `protocol_callbacks()` in the Trainer, `results` then measures the run.
 
-    optimizer: parameters -> Optimizer, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`. `fused=True` is
-        added where the optimiser and the parameters allow it and nothing else was asked for.
+    optimizer: named parameters -> Optimizer, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`. `fused=True`
+        is added where the optimiser and the parameters allow it and nothing else was asked for.
     lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch; ReduceLROnPlateau gets the training accuracy
         (give it `mode="max"`).
     patience: epochs without a better training or validation accuracy after which training stops.
+    stop_loss: mean task loss of an epoch that ends training; None: none does.
     schedules: attribute of the layers -> points of its `LayerSchedule`.
     restart_from_best: epochs, counted from 0 as in a schedule, before which the model goes back to the weights of the
         best validation accuracy so far, and the optimiser forgets its averages.
@@ -49,6 +51,7 @@ class Classification(LightningModule):
         lr_schedule: Callable[[Optimizer], LRScheduler] | None = None,
         label_smoothing: float = 0.0,
         patience: int = 50,
+        stop_loss: float | None = None,
         schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
         restart_from_best: Sequence[int] = (),
         router_lr_factor: float = 1.0,
@@ -73,7 +76,7 @@ class Classification(LightningModule):
         self.make_lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
         self.keep_routes = keep_routes
-        self.protocol = Protocol(patience)
+        self.protocol = Protocol(patience, stop_loss)
         self.restart_from_best = frozenset(restart_from_best)
         self.router_lr_factor = router_lr_factor
         self.test = test
@@ -125,16 +128,16 @@ class Classification(LightningModule):
                 self._lr_schedule.load_state_dict(self._restored_lr_schedule)
         return optimizer
 
-    def _optimized(self) -> Iterable[Parameter] | list[dict[str, Any]]:
+    def _optimized(self) -> Iterable[tuple[str, Parameter]] | list[dict[str, Any]]:
         if self.router_lr_factor == 1.0:
-            return self.model.parameters()
+            return self.model.named_parameters()
         layers = [module for module in self.model.modules() if isinstance(module, RoutedLayer)]
         router = {id(p) for layer in layers for p in layer.router_parameters()}
         if not router:
             raise ValueError(f"router_lr_factor={self.router_lr_factor!r}: no layer of the model has a router")
-        groups: dict[bool, list[Parameter]] = {False: [], True: []}
-        for parameter in self.model.parameters():
-            groups[id(parameter) in router].append(parameter)
+        groups: dict[bool, list[tuple[str, Parameter]]] = {False: [], True: []}
+        for name, parameter in self.model.named_parameters():
+            groups[id(parameter) in router].append((name, parameter))
         return [{"params": groups[False]}, {"params": groups[True], "lr_factor": self.router_lr_factor}]
 
     def _fused(self) -> dict[str, bool]:
@@ -183,7 +186,9 @@ class Classification(LightningModule):
 
         Leaves the model with the weights of the best validation accuracy. Of several routed layers the sizes, leaves
         and loads are summed or chained, and the largest share is the largest of any. NaN becomes None, and so does all
-        that is measured with weights if the first epoch diverged, as there are none to measure then.
+        that is measured with weights if the first epoch diverged, as there are none to measure then. Where the data
+        module knows the cluster of each test row (`test_cluster`, in the order of its loader), the dispatch entropy is
+        measured too.
         """
         protocol = self.protocol
         if not protocol.history["epoch"]:
@@ -234,12 +239,14 @@ class Classification(LightningModule):
                 "calibration_error": MulticlassCalibrationError(self.num_classes),
             }
         ).to(next(self.model.parameters()).device)
-        test = evaluate(
-            self.model,
-            data.test_dataloader(),
-            soft=True,
-            observe=lambda logits, y: report.update(logits.float().softmax(-1), y),
-        )
+        cluster, chosen = getattr(data, "test_cluster", None), []
+
+        def observe(logits: Tensor, y: Tensor) -> None:
+            report.update(logits.float().softmax(-1), y)
+            if cluster is not None:
+                chosen.append(self._chosen_experts())
+
+        test = evaluate(self.model, data.test_dataloader(), soft=True, observe=observe)
 
         entropy = test.node_entropy
         measured = {
@@ -257,7 +264,17 @@ class Classification(LightningModule):
             "leaf_load": [count for usage in test.usage for count in usage.load.tolist()],
             **{name: value.item() for name, value in report.compute().items()},
         }
+        if cluster is not None:
+            measured["dispatch_entropy"] = dispatch_entropy(torch.cat(chosen), cluster.to(chosen[0].device))
         return measured, test.backend
+
+    def _chosen_experts(self) -> Tensor:
+        """(T, K) hard choices of the last forward over all layers, whose experts are counted through."""
+        indices, first = [], 0
+        for _, record in routing(self.model):
+            indices.append(torch.where(record.index < 0, -1, record.index + first))
+            first += record.num_experts
+        return torch.cat(indices, dim=1)
 
     def _restore(self, epoch: int, weights: dict[str, Tensor]) -> None:
         self.model.load_state_dict(weights)

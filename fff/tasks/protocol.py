@@ -3,8 +3,8 @@
 After each epoch the hard route is evaluated on all training rows and on the validation rows. Memorisation accuracy (MA)
 is the best training accuracy over the epochs; generalisation accuracy (GA) is the test accuracy of the weights with the
 best validation accuracy; the epochs (from 1) that reached them first are their ETT. Training stops when `patience`
-epochs in a row improved neither, and after an epoch whose loss or whose weights at the end are not finite: such an
-epoch is in the history, but never among the best.
+epochs in a row improved neither, after an epoch whose task loss is at most `stop_loss`, and after an epoch whose loss
+or whose weights at the end are not finite: such an epoch is in the history, but never among the best.
 
 T rows, E experts, N tree nodes.
 """
@@ -122,6 +122,20 @@ def evaluate(
     )
 
 
+def dispatch_entropy(index: Tensor, cluster: Tensor) -> float:
+    """Mean entropy, in nats, of the clusters of the rows that an expert takes, each expert weighted by its share of the
+    choices: 0 where every expert knows one cluster, the entropy of the clusters where none specialises.
+
+    Chen et al. 2022 (arXiv 2208.02813), section 6.  index: (T, K) chosen experts, -1 for none.  cluster: (T,) from 0.
+    """
+    num_clusters = int(cluster.max()) + 1
+    pair = (index * num_clusters + cluster[:, None])[index >= 0]
+    rows = torch.bincount(pair, minlength=(int(index.max()) + 1) * num_clusters).view(-1, num_clusters).double()
+    load = rows.sum(1)
+    entropy = torch.special.entr(rows / load.clamp(min=1)[:, None]).sum(1)
+    return float((load * entropy).sum() / load.sum())
+
+
 def _usage(records: list[tuple[int, Tensor, Tensor | None]]) -> LayerUsage:
     rows = sum(count for count, _, _ in records)
     load = torch.stack([batch_load for _, batch_load, _ in records]).sum(0)
@@ -154,10 +168,10 @@ class Protocol(Callback):
     entropy of the evaluated nodes, experts in use) are those of the training rows.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int, stop_loss: float | None = None) -> None:
         if patience < 1:
             raise ValueError(f"patience={patience} must be at least 1 epoch")
-        self.patience = patience
+        self.patience, self.stop_loss = patience, stop_loss
         self.history: dict[str, list] = {name: [] for name in HISTORY}
         self.best = {"train": Best(), "val": Best()}
         self.diverged = False
@@ -166,7 +180,9 @@ class Protocol(Callback):
     @property
     def finished(self) -> bool:
         last_gain = max(best.epoch for best in self.best.values())
-        return self.diverged or len(self.history["epoch"]) - last_gain >= self.patience
+        loss = self.history["train_loss"][-1] if self.history["train_loss"] else None
+        learnt = None not in (self.stop_loss, loss) and loss <= self.stop_loss
+        return self.diverged or learnt or len(self.history["epoch"]) - last_gain >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
         return {

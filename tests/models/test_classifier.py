@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fff
-from fff.models import Classifier
+from fff.models import Classifier, SoftmaxClassifier
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 4), (1, 2, 6)])
@@ -42,3 +42,9 @@ def test_noise_is_on_the_inputs_and_in_training_alone():
     assert noise.std().item() == pytest.approx(0.5, rel=0.02) and abs(noise.mean().item()) < 0.01
     with pytest.raises(ValueError, match="noise=-1"):
         Classifier(torch.nn.Linear, 4, 4, noise=-1)
+
+
+def test_class_probabilities_where_two_softmaxes_are_asked_for():
+    model = SoftmaxClassifier(partial(fff.FeedForward, hidden_features=5), in_features=12, num_classes=3)
+    x = torch.randn(7, 3, 4)
+    torch.testing.assert_close(model(x), model.ff(x.reshape(7, 12)).softmax(1))

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 import fff
 from fff.models import Classifier
 from fff.tasks import Classification, evaluate
+from fff.tasks.protocol import dispatch_entropy
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 #         epoch    1     2     3     4     5     6     7
@@ -69,6 +70,14 @@ def test_training_stops_when_neither_accuracy_improved_for_patience_epochs(
     task = make_task(model, patience=patience)
     fit(task, scripted_data(), max_epochs=9)
     assert len(task.protocol.history["epoch"]) == epochs
+
+
+def test_training_stops_at_the_loss_that_was_asked_for(scripted, scripted_data, fit):
+    model = scripted(train=TRAIN, val=VAL, test=TEST)
+    task = make_task(model, stop_loss=1.2)
+    fit(task, scripted_data(), max_epochs=7)
+    losses = task.protocol.history["train_loss"]
+    assert losses[-1] <= 1.2 < min(losses[:-1]) and len(losses) < 7
 
 
 def test_a_gain_in_validation_alone_keeps_the_training_going(scripted, scripted_data, fit):
@@ -217,3 +226,22 @@ def test_bad_arguments_are_named(scripted):
         make_task(model, patience=0)
     with pytest.raises(ValueError, match="label_smoothing=1.5"):
         make_task(model, label_smoothing=1.5)
+
+
+def test_dispatch_entropy_by_hand():
+    cluster = torch.tensor([0, 0, 1, 1, 2, 2])
+    alone = torch.tensor([0, 0, 1, 1, 4, 4])[:, None]
+    assert dispatch_entropy(alone, cluster) == 0
+    assert dispatch_entropy(torch.zeros(6, 1, dtype=torch.int64), cluster) == pytest.approx(math.log(3))
+    # Expert 0 takes four rows of two clusters, expert 2 two of one; a dropped choice does not count.
+    index = torch.tensor([[0, -1], [0, -1], [0, -1], [0, -1], [2, -1], [2, -1]])
+    assert dispatch_entropy(index, cluster) == pytest.approx(4 / 6 * math.log(2))
+
+
+def test_dispatch_entropy_is_measured_where_the_data_know_clusters(run, scripted_data):
+    assert "dispatch_entropy" not in run()[0]["metrics"]
+    # Rows go to the experts 0 to 3 in quarters: halves are one cluster for each expert, alternate rows are not.
+    for cluster, expected in ((torch.arange(40) // 20, 0.0), (torch.arange(40) % 2, math.log(2))):
+        data = scripted_data(eval_batch_size=7)
+        data.test_cluster = cluster
+        assert run(data=data)[0]["metrics"]["dispatch_entropy"] == pytest.approx(expected)
