@@ -56,7 +56,7 @@ def counts(backend: str, problem: Problem, gradient: bool) -> Counts:
     if backend == "dense":
         computed = rows * num_experts
         return Counts(
-            *(1, 0, rows * widths, computed * expert_width),
+            *(1, 0, chosen * widths, computed * expert_width),
             *(num_experts * expert + every, 2 * passes * computed * expert),
         )
     if backend == "gather":
@@ -72,14 +72,14 @@ def counts(backend: str, problem: Problem, gradient: bool) -> Counts:
 #   python -m fff.bench.crossover results/bench/crossover.csv
 COSTS: dict[bool, dict[str, Cost]] = {
     False: {
-        "dense": Cost(211, 0, 0.00316, 0.0492, 0.000232, 1.49e-07),
-        "grouped": Cost(195, 34.1, 0.000685, 0.0793, 0.000249, 0),
-        "gather": Cost(97.7, 0, 0.00296, 0.462, 0.00154, 0),
+        "dense": Cost(106, 0, 0.000466, 0.00347, 0.000135, 1.15e-05),
+        "grouped": Cost(99.9, 19.7, 0.000454, 0.00267, 0.000209, 9.82e-06),
+        "gather": Cost(59.9, 0, 0.00117, 0.0179, 0.00123, 0),
     },
     True: {
-        "dense": Cost(414, 0, 0.0163, 0.104, 0.000432, 0),
-        "grouped": Cost(914, 43.4, 0.00646, 0.0571, 0.000544, 0),
-        "gather": Cost(400, 0, 0.000849, 4.5, 0.000195, 0),
+        "dense": Cost(313, 0, 0.00158, 0.00919, 0.000252, 1.14e-05),
+        "grouped": Cost(689, 27.6, 0.0019, 0.00402, 0.000203, 1.44e-05),
+        "gather": Cost(256, 0, 0.00345, 0.114, 0.000137, 0.000504),
     },
 }
 
