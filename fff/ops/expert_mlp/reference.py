@@ -36,5 +36,5 @@ def reference(
         out = hidden_units(pre, act, glu, dropout) @ w_out[e]
         if b_out is not None:
             out = out + b_out[e]
-        y = y.index_add(0, row, gate[row, choice, None] * out)
+        y.index_add_(0, row, gate[row, choice, None] * out)
     return y
