@@ -126,6 +126,7 @@ def test_choices_are_summed_up(tmp_path):
         row("crossover", "inference_batch8", "auto", None, 8, 1e-3),
         row("routing", "inference_zipf", "auto", None, 8, 2e-3, **sizes | {"backend": "grouped"}),
         row("routing", "inference_zipf", "dense", None, 8, 3e-3, **sizes),
+        row("routing", "inference_even", "auto", None, 8, 4e-3, **sizes | {"gradient": None, "routes": "uniform"}),
         row("memory", "training_depth3_batch8", "fff_soft", 3, 8, 1.0, peak_bytes=3 * 2**20),
     ]
     made_up = {"suite": "crossover", "of": "auto", "over": "dense", "at_most": 1.3}
@@ -143,5 +144,6 @@ def test_choices_are_summed_up(tmp_path):
     assert list(choice["worst case"]) == ["batch9, where dense is best", "batch8, where dense is best"]
     routing = tables["bench_routing"].iloc[0]
     assert (routing["auto took"], routing["auto"], routing["dense"]) == ("grouped", "2", "3")
+    assert list(tables["bench_routing"][""]) == ["inference", "inference"]
     assert list(tables["bench_memory"]["fff soft"]) == ["3"]
     assert tables["bench_targets"].empty

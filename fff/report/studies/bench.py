@@ -152,6 +152,7 @@ def _routing(rows: pd.DataFrame) -> Table:
     """Milliseconds of each backend by routes."""
     kind = {False: "inference", True: "training"}
     rows = rows[rows["median_s"].notna()]
+    rows = rows.assign(gradient=rows["gradient"].astype(str) == "True")  # empty where the case does not say
     keys = ["gradient", "num_experts", "batch", "routes"]
     times = rows.astype({"num_experts": int, "batch": int}).pivot_table(
         index=keys, columns="candidate", values="median_s", sort=False
