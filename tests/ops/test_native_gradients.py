@@ -210,7 +210,7 @@ def test_autocast_trains_in_the_type_of_the_weights():
     torch.testing.assert_close(found[True], found[False], rtol=0.05, atol=0.05 * found[False].abs().max().item())
 
 
-def test_compiled_training_step():
+def test_a_training_step_compiles():
     layer = FFF(16, 4, 5, depth=3, mode="straight_through", balance_weight=0.1)
     x, found = torch.randn(30, 16), []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
