@@ -20,7 +20,7 @@ def call_of(rows, d, experts, width, out, choices, *, glu=False, bias=True, gate
         "gate": torch.rand(rows, choices) if gated else None,
         "w_in": torch.randn(experts, hidden, d) / d**0.5,
         "b_in": torch.randn(experts, hidden) if bias else None,
-        "w_out": torch.randn(experts, width, out) / width**0.5,
+        "w_out": torch.randn(experts, width, out) / max(width, 1) ** 0.5,
         "b_out": torch.randn(experts, out) if bias else None,
     }
 
@@ -56,6 +56,7 @@ def assert_same(found, expected):
         (5, 2500, 2, 4, 3, 1),  # many columns
         (70, 110, 2, 130, 5, 1),  # many units
         (300, 3, 300, 2, 2, 1),  # experts without rows
+        (9, 6, 4, 0, 3, 2),  # experts without units: output biases alone
     ],
 )
 def test_gradients_equal_those_of_the_formula(rows, d, experts, width, out, choices, glu, bias, gated):

@@ -583,7 +583,7 @@ void run_group_backward(
       for (int64_t i = 0; i < n; ++i) total += pre[i * e.H + u];
       grad.b_in[expert * e.H + u] = total;
     }
-  if (grad.x && !grad.pre) {
+  if (grad.x && call.K == 1) {
     std::vector<const float*> unit(e.H);
     for (int64_t u = 0; u < e.H; ++u) unit[u] = e.w_in + (expert * e.H + u) * e.D;
     for (int64_t i = 0; i < n; ++i) out[i] = grad.x + first[i].place * e.D;
@@ -619,7 +619,7 @@ void run_backward(const Call<float>& call, const Gradients& grad, const int64_t*
       first = last;
     }
   });
-  if (!(grad.x && grad.pre)) return;
+  if (!grad.x || call.K == 1) return;
   at::parallel_for(0, T, grain, [&](int64_t begin, int64_t end) {
     std::vector<Choice> own = collect(index, begin, end, call.K, e.E);
     std::vector<float> coef(GROUP_ROWS * e.H);
