@@ -40,7 +40,7 @@ def main() -> int:
         print(f"native CPU operators: {build()}")
     except (RuntimeError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
-        print("not built: backend='auto' falls back to 'grouped', in PyTorch", file=sys.stderr)
+        print("not built: backend='auto' falls back to the PyTorch backends (dense, grouped, gather)", file=sys.stderr)
         return 1
     return 0
 

@@ -294,3 +294,8 @@ def test_a_search_never_looks_at_the_test_rows(data, fit):
     assert metrics["ga"] is metrics["macro_f1"] is metrics["leaf_load"] is None
     assert metrics["val_accuracy"] == max(task.protocol.history["val_accuracy"])
     assert metrics["ma"] == max(task.protocol.history["train_accuracy"])
+
+
+def test_routes_of_rows_that_are_not_looked_at_are_refused():
+    with pytest.raises(ValueError, match="keep_routes=True keeps those of the test rows"):
+        make_tree(keep_routes=True, test=False)

@@ -14,8 +14,8 @@ Backends compute the same function and the same gradients; they differ in cost:
 | native    | as grouped, each expert read once, one C++ call | hard routes on a CPU, training and evaluation     |
 
 "native" needs `python -m fff.build`, a named activation, no dropout, and float32 (without gradients also bfloat16).
-"grouped" reads group sizes on the host: it has no second derivative, and neither `torch.func` transforms nor
-`torch.jit.trace` can take it; ask for "gather" there.
+"grouped" and "native" have no second derivative, and neither `torch.func` transforms nor `torch.jit.trace` take them;
+ask for "gather" there.
 """
 
 from __future__ import annotations

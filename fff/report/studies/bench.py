@@ -62,6 +62,8 @@ def report(data: StudyData) -> Report:
         "roofline": figure_roofline(rows[rows["suite"].isin(["inference", "scaling"])]),
     }
     tables = [*made, targets(ratios[ratios["suite"] != "crossover"])]
+    # Those of the choice of a backend are many, and summed up; they lie in bench/crossover.csv.
+    rows = rows[rows["suite"] != "crossover"]
     return Report(rows, tables, {name: figure for name, figure in drawn.items() if figure is not None}, remarks)
 
 
