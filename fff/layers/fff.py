@@ -38,6 +38,7 @@ from fff.ops.tree_route import (
     path_log_probability,
     path_logits,
     path_to,
+    turned_decision,
 )
 
 
@@ -77,6 +78,10 @@ class FFF(RoutedLayer):
         hard its decisions, an additive mixture need not tend to the greedy leaf that evaluation runs.
     temperature: divides node logits in probabilities and losses; greedy decisions do not depend on it.
     region_leak: probability with which a node's two children are swapped for a row, in training.
+    runner_up: "straight_through" only: in training each row also runs the leaf that it would have reached with one
+        decision turned over, drawn with probability proportional to exp(-|logit|), and both leaves weigh p / sum(p). A
+        single leaf of weight 1 does not tell its nodes what the other side would have answered; two leaves do.
+        Evaluation runs the greedy leaf alone. Ours; training runs twice the leaves.
     hardening_weight: times the mean entropy of the node decisions (all nodes when soft, those on the path when hard).
     balance_weight: times `leaf_balance` when soft, times `path_balance` when hard; 1 each where leaves are used evenly.
     node_balance_weight: times the per-node balance of soft decision trees, over the first 7 levels in hard modes.
@@ -113,6 +118,7 @@ class FFF(RoutedLayer):
         soft_gate: SoftGate = "sigmoid",
         temperature: float = 1.0,
         region_leak: float = 0.0,
+        runner_up: bool = False,
         hardening_weight: float = 0.0,
         balance_weight: float = 0.0,
         node_balance_weight: float = 0.0,
@@ -159,7 +165,7 @@ class FFF(RoutedLayer):
         self.act, self.glu, self.drop = resolve_activation(act_layer), glu, drop
         self.top_k, self.beam_width, self.num_trees = top_k, beam_width, num_trees
         self.node_width, self.master_width = node_width, master_width
-        self.temperature, self.region_leak = temperature, region_leak
+        self.temperature, self.region_leak, self.runner_up = temperature, region_leak, runner_up
         self.hardening_weight, self.balance_weight = hardening_weight, balance_weight
         self.node_balance_weight, self.bias_update_rate = node_balance_weight, bias_update_rate
 
@@ -187,14 +193,20 @@ class FFF(RoutedLayer):
                 if parameter is not None:
                     parameter.requires_grad_(False)
         self._check_region_leak()
+        if runner_up and (mode != "straight_through" or beam_width > 1 or bias_update_rate):
+            raise ValueError(
+                "runner_up=True sets one leaf beside the greedy one of mode='straight_through'; it means nothing for "
+                f"mode={mode!r}, beam_width={beam_width}, bias_update_rate={bias_update_rate!r}"
+            )
         self.reset_parameters()
 
     def _check_region_leak(self) -> None:
         beam = self.mode != "soft" and self.beam_width > 1
-        if self.region_leak and (beam or self.soft_gate == "additive"):
+        if self.region_leak and (beam or self.runner_up or self.soft_gate == "additive"):
             raise ValueError(
                 f"region_leak={self.region_leak!r} swaps the children of one path or of sigmoids; it means nothing for "
-                f"mode={self.mode!r}, beam_width={self.beam_width}, soft_gate={self.soft_gate!r}"
+                f"mode={self.mode!r}, beam_width={self.beam_width}, runner_up={self.runner_up}, "
+                f"soft_gate={self.soft_gate!r}"
             )
 
     def reset_parameters(self) -> None:
@@ -338,11 +350,25 @@ class FFF(RoutedLayer):
             return _Routing(index, probability.flatten(1), losses, TreeTrace(self.depth, index, top.detach()))
         if not self._weighs_paths():
             return _Routing(index, None, {}, TreeTrace(self.depth, index, top.detach()))
-        return self._hard_routing(index, leaf, path_logits(x, nodes, path_to(leaf, self.depth).node, raw), top, flip)
+        visited = path_logits(x, nodes, path_to(leaf, self.depth).node, raw)
+        if self._compares():
+            turned = turned_decision(visited.detach().squeeze(2) / self.temperature)
+            leaf = torch.cat([leaf, self._leaves(x, nodes, raw, turned)], dim=2)
+            index = self._expert_index(leaf)
+            visited = path_logits(x, nodes, path_to(leaf, self.depth).node, raw)
+        return self._hard_routing(index, leaf, visited, top, flip)
+
+    def _compares(self) -> bool:
+        return self.runner_up and self.training and self.depth > 0
 
     def _descends_natively(self, x: Tensor) -> bool:
         """Whether the native descent does all that is asked for: one leaf per tree, and nodes on its way alone."""
-        if self.trace_nodes or self.node_balance_weight or not self.beam_width == self.node_width == 1:
+        if (
+            self._compares()
+            or self.trace_nodes
+            or self.node_balance_weight
+            or not self.beam_width == self.node_width == 1
+        ):
             return False
         wanted = self.backend in ("auto", "native") and self.node_weight.dtype == torch.float32 and not exporting()
         return wanted and cpu.refusal("identity", x, None, self.node_weight, self.node_bias) is None
@@ -372,9 +398,14 @@ class FFF(RoutedLayer):
         log_p = path_log_probability(visited, decided)
         if self.mode != "gated":
             # p / stop_gradient(sum p): the weights add up to 1 and keep the gradient of each p; for one leaf the value
-            # is exactly 1, as exp(0) is.
-            log_p = log_p - log_p.logsumexp(-1, keepdim=True).detach()
-        losses = self._hard_losses(top, visited, path, decided) if self.training else {}
+            # is exactly 1, as exp(0) is. Beside a runner-up p / sum p, whose gradient is the difference of both leaves.
+            total = log_p.logsumexp(-1, keepdim=True)
+            log_p = log_p - (total if self._compares() else total.detach())
+        losses = {}
+        if self.training:
+            greedy = slice(1 if self._compares() else None)
+            route = Path(path.node[:, :, greedy], path.right[:, :, greedy])
+            losses = self._hard_losses(top, visited[:, :, greedy], route, decided[:, :, greedy])
         return _Routing(index, log_p.exp().flatten(1), losses, trace)
 
     def _soft_losses(self, logits: Tensor, leaf: Tensor, probability: Tensor) -> dict[str, Tensor]:

@@ -179,6 +179,52 @@ def test_region_leak_acts_in_training_only():
         assert torch.equal(layer.eval()(x), layer(x))
 
 
+def test_a_tree_of_one_node_with_its_runner_up_is_the_soft_mixture():
+    """Its only decision is always the one turned over; value and every gradient are those of both leaves."""
+    pair, soft = (build(mode, depth=1, temperature=0.7) for mode in ("straight_through", "soft"))
+    pair.runner_up = True
+    soft.load_state_dict(pair.state_dict())
+    x, readout = rows(9), torch.randn(9, 4, dtype=torch.float64)
+    gradients = []
+    for layer in (pair, soft):
+        y = layer(x)
+        gradients.append((y, *torch.autograd.grad((y * readout).sum(), list(layer.parameters()))))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("num_trees", [1, 2])
+def test_the_runner_up_lies_behind_one_turned_decision(num_trees):
+    layer = build("straight_through", num_trees=num_trees, runner_up=True, **WEIGHTS)
+    plain = build("straight_through", num_trees=num_trees, **WEIGHTS)
+    plain.load_state_dict(layer.state_dict())
+    x = rows(50)
+    y, evaluated = layer(x), plain(x)
+    leaf = layer.record.index.view(50, num_trees, 2)
+    assert torch.equal(leaf[..., 0], plain.record.index)
+    within = leaf % 8
+    changed = within[..., 0] ^ within[..., 1]
+    # Above the turned decision both paths agree; all levels are turned at some row.
+    assert set((changed.float().log2().floor()).unique().tolist()) == {0.0, 1.0, 2.0}
+    logits = dense_logits(x, layer._nodes(), 3)
+    decided = [within[..., 1] >> 2 & 1, within[..., 1] >> 1 & 1, within[..., 1] & 1]
+    node = torch.zeros_like(within[..., 1])
+    against = torch.zeros_like(node)
+    for bit in decided:
+        against += ((logits.gather(2, node.unsqueeze(-1)).squeeze(-1) >= 0) != bit.bool()).long()
+        node = 2 * node + 1 + bit
+    assert (against == 1).all()
+    # Each tree's pair weighs as its probabilities do.
+    p = leaf_probability(logits).gather(2, within)
+    gate = (p / p.sum(-1, keepdim=True)).flatten(1)
+    expected = expert_mlp(x, leaf.flatten(1), gate, layer.w_in, layer.b_in, layer.w_out, layer.b_out)
+    torch.testing.assert_close(y, expected)
+    # The losses are those of the route that is evaluated.
+    torch.testing.assert_close(layer.record.losses, plain.record.losses)
+    torch.testing.assert_close(layer.eval()(x), evaluated)
+    assert layer.size == plain.size
+
+
 def test_load_counts_the_hard_choice_in_every_mode():
     loads = []
     source, x = build("soft"), rows(50)

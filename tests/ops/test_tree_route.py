@@ -17,6 +17,7 @@ from fff.ops.tree_route import (
     path_logits,
     path_to,
     reference,
+    turned_decision,
 )
 
 
@@ -148,6 +149,17 @@ def test_decision_bias_decides_but_does_not_gate():
         decision_bias=torch.tensor([[2.0, 0.0, -0.5]]),
     )  # fmt: skip
     assert wide.item() == 2
+
+
+def test_a_turned_decision_is_most_often_an_uncertain_one():
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    rows = 20_000
+    turned = turned_decision(logits.expand(rows, 1, 4))
+    assert (turned.sum(-1) == 1).all()
+    expected = torch.softmax(-logits.abs(), 0)
+    # Five standard deviations of a share.
+    bound = 5 * (expected * (1 - expected) / rows).sqrt()
+    assert ((turned.double().mean((0, 1)) - expected).abs() < bound).all()
 
 
 def test_region_leak_takes_the_other_child():

@@ -113,6 +113,14 @@ def path_to(leaf: Int[Tensor, "T P K"], depth: int) -> Path:
 
 
 @torch.no_grad()
+def turned_decision(logits: Float[Tensor, "T P d"]) -> Bool[Tensor, "T P d"]:
+    """One decision of each path, drawn with probability proportional to exp(-|logit|); a `flip` for `greedy_leaf`."""
+    # The largest of logits with Gumbel noise, which is -log of an exponential variable, is such a draw.
+    score = -logits.abs() - torch.empty_like(logits).exponential_().log()
+    return F.one_hot(score.argmax(-1), logits.shape[-1]).bool()
+
+
+@torch.no_grad()
 def greedy_leaf(
     x: Float[Tensor, "T D"],
     nodes: Nodes,
