@@ -52,6 +52,15 @@ def test_recipe_specialises_the_layer_and_the_command_line_wins(make_config, rec
     assert make_config(f"recipe={recipe}", "layer.mode=gated").layer.mode == "gated"
 
 
+@pytest.mark.parametrize("data", ["usps", "mnist", "fashion_mnist", "digits"])
+def test_our_recipe_trains_to_the_end_of_its_schedule(make_config, data):
+    """Also where a study has a budget of its own, and where the command line changes the length."""
+    for more in ([], ["experiment=table1"], ["experiment=table1", "trainer.max_epochs=7"]):
+        cfg = make_config("recipe=ours", f"data={data}", *more)
+        assert cfg.task.lr_schedule.T_max == cfg.trainer.max_epochs == cfg.task.patience
+    assert make_config("recipe=paper", f"data={data}").task.patience == 50
+
+
 @pytest.mark.parametrize(
     "layer, base",
     [

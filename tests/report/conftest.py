@@ -53,6 +53,7 @@ def write_run(runs_dir):
         schedules=None,
         data="usps",
         recipe=None,
+        patience=None,
         seed=0,
         history=None,
         digest=None,
@@ -77,7 +78,7 @@ def write_run(runs_dir):
         config = {
             "seed": seed,
             "layer": layer,
-            "task": {"optimizer": optimizer, "schedules": schedules or {}},
+            "task": {"optimizer": optimizer, "schedules": schedules or {}, "patience": patience},
             "data": {"name": data, "seed": seed, "split_seed": 0, "root": "/a/place"},
             "trainer": {"max_epochs": 100},
         }

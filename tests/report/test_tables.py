@@ -256,6 +256,12 @@ def test_runs_that_the_limit_of_epochs_ended_are_counted(write_run, summary):
     assert (cell["n"], cell["diverged"], cell["capped"]) == (3, 1, 1)
 
 
+@pytest.mark.parametrize("patience, capped", [(99, 1), (100, 0)])
+def test_a_length_that_was_settled_beforehand_is_no_cap(write_run, summary, patience, capped):
+    write_run(epochs=100, patience=patience)
+    assert summary()["capped"].tolist() == [capped]
+
+
 def test_latex_escapes_and_has_every_row(usps):
     publish(load("table1", usps))
     text = (usps / "tables" / "table1.tex").read_text()
