@@ -20,7 +20,8 @@ from fff.report.cells import label, read_runs, summarize
 from fff.report.records import HISTORY, config_columns, write
 from fff.report.tables import Table
 
-_BEGIN, _END = "<!-- generated: begin -->", "<!-- generated: end -->"
+# What the page of the results opens with: the first table of a study, and figures.
+_LEAD, _LEAD_FIGURES = "table1", ("table1_usps_size", "table1_usps_leaves", "clusters_accuracy")
 
 
 class StudyData(NamedTuple):
@@ -157,21 +158,22 @@ def publish(data: StudyData, files: Mapping[Path, str | bytes] | None = None) ->
     return Published(text, result.remarks)
 
 
-def update_block(path: Path, text: str) -> None:
+def update_block(path: Path, text: str, name: str = "generated") -> None:
     """Put `text` into the marked block of a page; ValueError without its markers."""
-    before, begin, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"{path}: the markers {_BEGIN!r} and {_END!r} must both be there")
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, begins, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, ends, after = rest.partition(end)
+    if not begins or not ends:
+        raise ValueError(f"{path}: the markers {begin!r} and {end!r} must both be there")
     write(path, f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def update_readme(results_dir: Path) -> None:
-    """Fill the marked block of `<results_dir>/README.md` with the first table and the figures of every study."""
+    """Fill the marked blocks of `<results_dir>/README.md`: the lead, and the first table and figures of every study."""
     path = results_dir / "README.md"
     if not path.exists():
         return
-    parts = []
+    parts, lead = [], []
     files = sorted((results_dir / "tables").glob("*.md"))
     for table in files:
         study = table.stem
@@ -181,8 +183,15 @@ def update_readme(results_dir: Path) -> None:
         first = headline(table.read_text(encoding="utf-8"))
         parts += [f"### {study}", "", f"All tables: [tables/{study}.md](tables/{study}.md)", ""]
         parts += [first]
-        parts += [f"![{figure.stem}](figures/{figure.name})\n" for figure in drawn]
+        parts += [_image(figure.name) for figure in drawn]
+        lead += [first] if study == _LEAD else []
+    lead += [_image(f"{name}.svg") for name in _LEAD_FIGURES if (results_dir / "figures" / f"{name}.svg").exists()]
+    update_block(path, "\n".join(lead), "generated lead")
     update_block(path, "\n".join(parts))
+
+
+def _image(name: str) -> str:
+    return f"![{name.removesuffix('.svg')}](figures/{name})\n"
 
 
 def headline(markdown: str) -> str:

@@ -272,7 +272,8 @@ def test_latex_escapes_and_has_every_row(usps):
 
 def test_same_csv_gives_the_same_bytes(usps, runs_dir):
     """A second process, other hash seed, no run directories."""
-    (usps / "README.md").write_text("before\n<!-- generated: begin -->\nold\n<!-- generated: end -->\nafter\n")
+    blocks = (f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->" for name in ("generated lead", "generated"))
+    (usps / "README.md").write_text("\n".join(["before", next(blocks), "findings", next(blocks), "after\n"]))
 
     def files():
         return {path: path.read_bytes() for path in usps.rglob("*") if path.is_file() and path.parent.name != "runs"}
@@ -297,7 +298,10 @@ def test_same_csv_gives_the_same_bytes(usps, runs_dir):
     assert files() == first
     readme = (usps / "README.md").read_text()
     assert readme.startswith("before") and readme.endswith("after\n") and "old" not in readme
-    assert "(figures/table1_usps_paper.svg)" in readme and "Trees against dense layers" in readme
+    lead, _, rest = readme.partition("findings")
+    assert "(figures/table1_usps_paper.svg)" in rest and "(figures/table1_usps_paper.svg)" not in lead
+    assert "(figures/table1_usps_size.svg)" in lead
+    assert "Trees against dense layers" in lead and "Trees against dense layers" in rest
 
 
 def test_command_reports_and_goes_on(write_run, runs_dir, results_dir, capsys):
