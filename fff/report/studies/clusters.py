@@ -119,6 +119,7 @@ def _model(row: dict[str, str]) -> str:
         return f"{row['layer.router']} mixture, {row['layer.num_experts']} x {row['layer.expert_width']}{chosen}"
     mode, depth = row["layer.mode"].replace("_", "-"), int(row["layer.depth"])
     chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} leaves"
+    chosen += ", runner-up in training" if row.get("layer.runner_up") == "true" else ""
     return f"{layer}, {2**depth} x {row['layer.leaf_width']}, {mode}{chosen}"
 
 
