@@ -219,6 +219,10 @@ def test_the_runner_up_lies_behind_one_turned_decision(num_trees):
     gate = (p / p.sum(-1, keepdim=True)).flatten(1)
     expected = expert_mlp(x, leaf.flatten(1), gate, layer.w_in, layer.b_in, layer.w_out, layer.b_out)
     torch.testing.assert_close(y, expected)
+    readout, parameters = torch.randn(50, 4, dtype=torch.float64), list(layer.parameters())
+    gradients = [torch.autograd.grad((out * readout).sum(), parameters, retain_graph=True) for out in (y, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
     # The losses are those of the route that is evaluated.
     torch.testing.assert_close(layer.record.losses, plain.record.losses)
     torch.testing.assert_close(layer.eval()(x), evaluated)
