@@ -218,8 +218,8 @@ def _glance(data: StudyData, parts: list[Part]) -> Table:
         " the dense layer of the same recipe with as many neurons as the tree evaluates (inference size: depth + leaf"
         " width), or has in its leaves (training width), of those where both were run; points: mean difference of the"
         " means. Above the paper: cells whose mean GA is above the best of ten runs in the paper's Table 1; least gain:"
-        " of any of these cells, and of any of leaf width 1, in points. Leaves in use: share of the leaves that a test row"
-        " reaches, mean over the cells, and least of any."
+        " of any of these cells, and of any of leaf width 1, in points. Leaves in use: share of the leaves that"
+        " a test row reaches, mean over the cells, and least of any."
     )
     return Table(data.name, "Trees against dense layers, generalisation accuracy", pd.DataFrame(lines), note, 2)
 
