@@ -24,11 +24,12 @@ def planned(plan, make_config, monkeypatch):
     return planned
 
 
-def test_every_run_belongs_to_a_question(planned, tmp_path):
-    bases = planned("ablation")
+@pytest.mark.parametrize(("data", "axes"), [("usps", AXES), ("mnist", ["ablation_rate"])])
+def test_every_run_belongs_to_a_question(planned, tmp_path, data, axes):
+    bases = planned("ablation", f"data={data}")
     assert len(bases) == 2
-    for axis in AXES:
-        configs = planned(axis)
+    for axis in axes:
+        configs = planned(axis, f"data={data}")
         rows = [
             records.flatten(
                 {"schema": 1, "status": "finished", "study": "ablation", "run_id": run_id, "config_hash": run_id}

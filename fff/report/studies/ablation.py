@@ -62,6 +62,8 @@ _BASE = {
     "model.noise": "0.5",
     "data.batch_size": "256",
 }
+# What the recipe has otherwise on a data set.
+_ON = {"mnist": {"task.optimizer.lr": "0.003"}, "fashion_mnist": {"task.optimizer.lr": "0.003"}}
 _SHAPES = {"8": {"layer.leaf_width": "8", "layer.depth": "4"}, "1": {"layer.leaf_width": "1", "layer.depth": "7"}}
 # What a configuration means that does not name them; of others "" is a value.
 _DEFAULTS = {"layer.runner_up": "false", "layer.beam_width": "1", "task.router_lr_factor": "1"}
@@ -257,7 +259,7 @@ def _number(value: str) -> str:
 
 
 def _base(data: StudyData, name: str, runs: pd.DataFrame, leaf: str, cells: list[tuple[Cell, Config]]) -> Base:
-    wanted = _BASE | _SHAPES[leaf]
+    wanted = _BASE | _ON.get(name, {}) | _SHAPES[leaf]
     found = [(cell, config) for cell, config in cells if all(config[key] == wanted[key] for key in wanted)]
     if not found:
         raise ValueError(
