@@ -104,6 +104,10 @@ def add(*numbers: int) -> int:
     return sum(numbers)
 
 
+def half(number: int) -> int:
+    return number // 2
+
+
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without its volatile keys, after a check of every key; plain containers."""
     plain = {key: _plain(cfg[key], resolve=key not in VOLATILE) for key in cfg if key != "hydra"}
@@ -246,6 +250,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("tree_depth", tree_depth, replace=True)
     OmegaConf.register_new_resolver("num_experts", num_experts, replace=True)
     OmegaConf.register_new_resolver("add", add, replace=True)
+    OmegaConf.register_new_resolver("half", half, replace=True)
     OmegaConf.register_new_resolver("option_groups", option_groups, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(identity(_root_)), replace=True)
 

@@ -136,7 +136,10 @@ def config_columns(columns: Iterable[str]) -> list[str]:
 
 
 def _is_config(name: str) -> bool:
-    return "." in name and name.split(".")[0] not in ("metrics", "hardware", "versions")
+    parts = name.split(".")
+    # The metric nodes_below_0.10 has a dot too, and cells have it without its prefix.
+    keys = len(parts) > 1 and all(part.isidentifier() for part in parts)
+    return keys and parts[0] not in ("metrics", "hardware", "versions")
 
 
 def _is_seed(name: str) -> bool:

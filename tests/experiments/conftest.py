@@ -29,7 +29,7 @@ def plan(hydra_configs, tmp_path):
 
     def plan(*arguments):
         place = f"runs_dir={tmp_path}"
-        single = [argument for argument in arguments if argument.startswith("experiment=")]
+        single = [argument for argument in arguments if "," not in argument]
         config = compose("config", [*single, place], return_hydra_config=True)
         sweeper = RunSweeper(config.hydra.sweeper.params)
         sweeper.config = config

@@ -71,6 +71,13 @@ def test_settings_tell_cells_apart_and_say_no_more(write_run, summary):
     assert list(cells["family"]) == ["FeedForward", "FFF (soft)"] + ["FFF (straight_through)"] * 2
 
 
+def test_metrics_do_not_tell_cells_apart(write_run, summary):
+    """nodes_below_0.10 is one, though its name has a dot as those of the configuration have."""
+    for lr, share in ((0.1, 0.25), (0.2, 0.5)):
+        write_run(depth=1, optimizer=SGD | {"lr": lr}, **{"nodes_below_0.10": share})
+    assert list(summary()["settings"]) == ["lr=0.1", "lr=0.2"]
+
+
 def test_seeds_do_not_tell_cells_apart(write_run, summary):
     """Runs of different single seeds have different data seeds too."""
     write_run(depth=1, seed=0)
