@@ -39,13 +39,13 @@ def integer(value: float | None) -> str:
     return MISSING if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
-def percent(fraction: float | None) -> str:
-    return MISSING if fraction is None or math.isnan(fraction) else f"{100 * fraction:.1f}"
+def percent(fraction: float | None, decimals: int = 1) -> str:
+    return MISSING if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{decimals}f}"
 
 
-def spread(mean: float, std: float) -> str:
+def spread(mean: float, std: float, decimals: int = 1) -> str:
     """mean ± std of fractions, in percent."""
-    return MISSING if math.isnan(mean) else f"{percent(mean)} ± {percent(std)}"
+    return MISSING if math.isnan(mean) else f"{percent(mean, decimals)} ± {percent(std, decimals)}"
 
 
 def of(part: float, whole: float) -> str:
