@@ -40,7 +40,7 @@ def update(runs_dir, results_dir):
 def write_run(runs_dir):
     """Write the record of one run: a dense layer of `width`, or with `depth` a tree with leaves of `width`.
 
-    routes: arrays by name, kept beside the record.  more: of the layer's configuration."""
+    routes: arrays by name, kept beside the record."""
 
     def write(
         study="study",
@@ -54,7 +54,6 @@ def write_run(runs_dir):
         data="usps",
         recipe=None,
         patience=None,
-        more=None,
         seed=0,
         history=None,
         digest=None,
@@ -75,7 +74,7 @@ def write_run(runs_dir):
             }
             if tree
             else {"_target_": "fff.FeedForward", "hidden_features": width}
-        ) | (more or {})
+        )
         config = {
             "seed": seed,
             "layer": layer,
