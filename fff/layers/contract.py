@@ -61,7 +61,8 @@ class Record(NamedTuple):
 
     aux_loss: (), the weighted sum of the auxiliary losses; differentiable, 0 where nothing is weighted.
     losses: each raw (unweighted) auxiliary loss by name, (), detached.
-    index: (T, K) the experts that the hard route chose for each row, -1 where a choice was dropped; detached.
+    index: (T, K) the experts that the hard route chose for each row, -1 where a choice was dropped; detached. In
+        training with `FFF.runner_up` the leaf beside the greedy one follows it, and counts in the load.
     num_experts: E.
     backend: resolved name of the `expert_mlp` backend that ran.
     tree: node logits of a tree; None for other layers.

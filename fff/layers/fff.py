@@ -64,7 +64,7 @@ class FFF(RoutedLayer):
     mode: how it trains, and with which weight the chosen leaf counts.
         "soft" trains every leaf, weighted by the sigmoids on its path; evaluation runs the greedy leaf with weight 1.
         "straight_through" runs the greedy leaf alone, its weight p / stop_gradient(p): 1 in value, with the gradient of
-        the path probability p. Training and evaluation forward are equal.
+        the path probability p. Training and evaluation forward are equal, but for a runner-up.
         "gated" runs the greedy leaf with weight p in training and evaluation.
         The two hard modes collapse to few leaves without a balance loss.
     top_k: leaves per tree in hard routing, found by a beam of `beam_width` (default top_k) paths. Their weights are
@@ -91,9 +91,9 @@ class FFF(RoutedLayer):
         it is "reference".
     soft_eval: evaluate the soft mixture instead of the hard route; `fff.soft_evaluation(model)` sets it for a while.
 
-    hardening_weight, balance_weight, node_balance_weight, temperature, region_leak, drop and soft_eval may be changed
-    between steps. A row with a nan goes left at every node whose logit is nan. Under autocast the tree decides in the
-    type of its parameters.
+    hardening_weight, balance_weight, node_balance_weight, temperature, region_leak, runner_up, drop and soft_eval may
+    be changed between steps. A row with a nan goes left at every node whose logit is nan. Under autocast the tree decides
+    in the type of its parameters.
     """
 
     router_names = ("node_weight", "node_bias", "node_out_weight", "node_out_bias")
@@ -193,11 +193,7 @@ class FFF(RoutedLayer):
                 if parameter is not None:
                     parameter.requires_grad_(False)
         self._check_region_leak()
-        if runner_up and (mode != "straight_through" or beam_width > 1 or bias_update_rate):
-            raise ValueError(
-                "runner_up=True sets one leaf beside the greedy one of mode='straight_through'; it means nothing for "
-                f"mode={mode!r}, beam_width={beam_width}, bias_update_rate={bias_update_rate!r}"
-            )
+        self._check_runner_up()
         self.reset_parameters()
 
     def _check_region_leak(self) -> None:
@@ -207,6 +203,14 @@ class FFF(RoutedLayer):
                 f"region_leak={self.region_leak!r} swaps the children of one path or of sigmoids; it means nothing for "
                 f"mode={self.mode!r}, beam_width={self.beam_width}, runner_up={self.runner_up}, "
                 f"soft_gate={self.soft_gate!r}"
+            )
+
+    def _check_runner_up(self) -> None:
+        if self.runner_up and (self.mode != "straight_through" or self.beam_width > 1 or self.bias_update_rate):
+            raise ValueError(
+                "runner_up=True sets one leaf beside the greedy one of mode='straight_through'; it means nothing for "
+                f"mode={self.mode!r}, top_k={self.top_k}, beam_width={self.beam_width}, "
+                f"bias_update_rate={self.bias_update_rate!r}"
             )
 
     def reset_parameters(self) -> None:
@@ -326,8 +330,10 @@ class FFF(RoutedLayer):
     def _route(self, x: Tensor, soft: bool) -> _Routing:
         """What the tree decides for the rows x, and the losses of these decisions."""
         leak = self.region_leak if self.training else 0.0
+        # These may have been set since.
         if leak:
-            self._check_region_leak()  # it may have been set since
+            self._check_region_leak()
+        self._check_runner_up()
         if not soft and not leak and self._descends_natively(x):
             nodes = self.node_weight, self.node_bias, self.decision_bias
             index, visited = cpu.descend(x, *nodes, self.num_trees, self.depth)
@@ -465,7 +471,13 @@ class FFF(RoutedLayer):
             f"in_features={self.in_features}, leaf_width={self.leaf_width}, out_features={self.out_features}, "
             f"depth={self.depth}, mode={self.mode!r}"
         )
-        for name, default in (("num_trees", 1), ("top_k", 1), ("node_width", 1), ("master_width", 0)):
+        for name, default in (
+            ("num_trees", 1),
+            ("top_k", 1),
+            ("node_width", 1),
+            ("master_width", 0),
+            ("runner_up", False),
+        ):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text

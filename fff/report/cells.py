@@ -34,7 +34,7 @@ def read_runs(file: Path | TextIO) -> pd.DataFrame:
     """The tidy CSV of a study, in its order: configuration as text ("" for what a run has not), metrics as numbers.
 
     capped: the limit of epochs ended the run, rather than a standstill or a loss that is not finite. Where patience is
-    as long as the limit, its length was settled beforehand, and that is no cap.
+    as long as the limit and no loss ends the run, its length was settled beforehand, and that is no cap.
     """
     runs = pd.read_csv(file, dtype=str, keep_default_na=False)
     for name in runs.columns:
@@ -48,8 +48,10 @@ def read_runs(file: Path | TextIO) -> pd.DataFrame:
     runs["metrics.diverged"] = diverged.str.lower() == "true"
     limit = runs["trainer.max_epochs"] if "trainer.max_epochs" in runs else pd.Series("", index=runs.index)
     limit = pd.to_numeric(limit, errors="coerce")
-    patience = runs["task.patience"] if "task.patience" in runs else pd.Series("", index=runs.index)
-    settled = pd.to_numeric(patience, errors="coerce") >= limit
+    patience, stop_loss = (
+        runs[name] if name in runs else pd.Series("", index=runs.index) for name in ("task.patience", "task.stop_loss")
+    )
+    settled = (pd.to_numeric(patience, errors="coerce") == limit) & (stop_loss == "")
     runs["capped"] = (runs["metrics.epochs"] >= limit) & ~settled & ~runs["metrics.diverged"]
     loads = runs["metrics.leaf_load"] if "metrics.leaf_load" in runs else pd.Series("", index=runs.index)
     runs["metrics.leaf_load"] = [json.loads(load) if load else [] for load in loads]

@@ -14,8 +14,8 @@ CELL_NOTE = (
     " rows with the weights of the best validation accuracy. Best is the best of n runs; ± is the standard deviation"
     " of a sample. ETT is the mean epoch that reached the value. Runs that diverged count in n and enter with the"
     " metrics of their best weights before that, if there are any. Capped: ended by the limit of epochs,"
-    " not by a standstill of both accuracies. Leaves in use: leaves that at least one test row reaches, mean over"
-    " the runs; largest: share of the test rows in the fullest leaf."
+    " not by a standstill of both accuracies, and not settled beforehand. Leaves in use: leaves that at least one test"
+    " row reaches, mean over the runs; largest: share of the test rows in the fullest leaf."
 )
 
 

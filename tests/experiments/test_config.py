@@ -59,6 +59,7 @@ def test_our_recipe_trains_to_the_end_of_its_schedule(make_config, data):
         cfg = make_config("recipe=ours", f"data={data}", *more)
         assert cfg.task.lr_schedule.T_max == cfg.trainer.max_epochs == cfg.task.patience
     assert make_config("recipe=paper", f"data={data}").task.patience == 50
+    assert make_config("recipe=ours", f"data={data}", "experiment=debug").trainer.max_epochs == 1
 
 
 @pytest.mark.parametrize(

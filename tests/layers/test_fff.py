@@ -229,6 +229,13 @@ def test_the_runner_up_lies_behind_one_turned_decision(num_trees):
     assert layer.size == plain.size
 
 
+def test_a_runner_up_that_is_set_later_is_checked_as_well():
+    layer = build("two leaves")
+    layer.runner_up = True
+    with pytest.raises(ValueError, match="top_k=2"):
+        layer(rows(3))
+
+
 def test_load_counts_the_hard_choice_in_every_mode():
     loads = []
     source, x = build("soft"), rows(50)

@@ -54,6 +54,7 @@ def write_run(runs_dir):
         data="usps",
         recipe=None,
         patience=None,
+        stop_loss=None,
         seed=0,
         history=None,
         digest=None,
@@ -78,7 +79,12 @@ def write_run(runs_dir):
         config = {
             "seed": seed,
             "layer": layer,
-            "task": {"optimizer": optimizer, "schedules": schedules or {}, "patience": patience},
+            "task": {
+                "optimizer": optimizer,
+                "schedules": schedules or {},
+                "patience": patience,
+                "stop_loss": stop_loss,
+            },
             "data": {"name": data, "seed": seed, "split_seed": 0, "root": "/a/place"},
             "trainer": {"max_epochs": 100},
         }

@@ -265,9 +265,11 @@ def test_runs_that_the_limit_of_epochs_ended_are_counted(write_run, summary):
     assert (cell["n"], cell["diverged"], cell["capped"]) == (3, 1, 1)
 
 
-@pytest.mark.parametrize("patience, capped", [(99, 1), (100, 0)])
-def test_a_length_that_was_settled_beforehand_is_no_cap(write_run, summary, patience, capped):
-    write_run(epochs=100, patience=patience)
+@pytest.mark.parametrize(
+    "patience, stop_loss, capped", [(99, None, 1), (100, None, 0), (100, 0.3, 1), (101, None, 1), (None, None, 1)]
+)
+def test_a_length_that_was_settled_beforehand_is_no_cap(write_run, summary, patience, stop_loss, capped):
+    write_run(epochs=100, patience=patience, stop_loss=stop_loss)
     assert summary()["capped"].tolist() == [capped]
 
 

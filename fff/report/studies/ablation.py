@@ -362,7 +362,11 @@ def _glance(data: StudyData, parts: list[Part]) -> Table:
     for part in parts:
         for axis, rows in part.rows:
             for leaf in dict.fromkeys(row.base.leaf_width for row in rows):
-                own = [row for row in rows if row.base.leaf_width == leaf and row.cell["val_accuracy_mean"] >= 0]
+                # Means over other seeds are not to be ranked beside that of the base.
+                full = [
+                    row for row in rows if row.cell["n"] == row.base.cell["n"] and row.cell["val_accuracy_mean"] >= 0
+                ]
+                own = [row for row in full if row.base.leaf_width == leaf]
                 ranked = sorted(own, key=lambda row: row.cell["val_accuracy_mean"], reverse=True)
                 if len(ranked) > 1:
                     line = {"data": part.title, "axis": axis.name, "leaf width": "any" if axis.shapes else leaf}

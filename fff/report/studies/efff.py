@@ -205,8 +205,8 @@ def _tables(data: StudyData, part: Part) -> list[Table]:
             f"{part.title}: what the routing does",
             pd.DataFrame(routing),
             f"{_NOTE} Leaves in use: leaves that at least one test row reaches, mean over the runs. ETT: mean epoch"
-            " that first reached the value. Capped: ended by the limit of epochs, as all are that do not diverge: the"
-            f" recipe fixes them. {hardware(part.runs)}",
+            " that first reached the value. Diverged: of the runs; the recipe fixes the epochs of the others."
+            f" {hardware(part.runs)}",
             3,
         ),
     ]
@@ -219,7 +219,7 @@ def _run(cell: Cell | None) -> dict[str, str]:
     return {
         "ETT of MA / GA": shown(cell, lambda c: f"{integer(c['ma_epochs'])} / {integer(c['ga_epochs'])}"),
         "epochs": shown(cell, lambda c: integer(c["epochs"])),
-        "runs (diverged, capped)": shown(cell, lambda c: f"{c['n']} ({c['diverged']}, {c['capped']})"),
+        "runs (diverged)": shown(cell, lambda c: f"{c['n']} ({c['diverged']})"),
     }
 
 

@@ -41,6 +41,12 @@ _MODEL = ["architecture", "size", "model"]
 
 def report(data: StudyData) -> Report:
     """ValueError for runs that looked at test rows, or whose validation rows are not those of their seed."""
+    if data.runs.empty:
+        raise ValueError(f"{data.name} has no rows in runs/{data.name}.csv")
+    if unknown := set(text(data.runs, "layer._target_")) - set(_ARCHITECTURES):
+        raise ValueError(
+            f"{data.name} holds runs of {', '.join(sorted(unknown))}; it ranks {', '.join(_ARCHITECTURES)}"
+        )
     own_rows = text(data.runs, "data.split_seed") == data.runs["seed"].astype(str)
     wrong = data.runs["run_id"][data.runs["metrics.ga"].notna() | ~own_rows]
     if len(wrong):
