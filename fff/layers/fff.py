@@ -92,8 +92,8 @@ class FFF(RoutedLayer):
     soft_eval: evaluate the soft mixture instead of the hard route; `fff.soft_evaluation(model)` sets it for a while.
 
     hardening_weight, balance_weight, node_balance_weight, temperature, region_leak, runner_up, drop and soft_eval may
-    be changed between steps. A row with a nan goes left at every node whose logit is nan. Under autocast the tree decides
-    in the type of its parameters.
+    be changed between steps. A row with a nan goes left at every node whose logit is nan. Under autocast the tree
+    decides in the type of its parameters.
     """
 
     router_names = ("node_weight", "node_bias", "node_out_weight", "node_out_bias")
