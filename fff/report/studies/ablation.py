@@ -57,6 +57,7 @@ _BASE = {
     "layer.num_trees": "1",
     "task.schedules.balance_weight": "",
     "task.schedules.hardening_weight": "",
+    "task.schedules.temperature": "",
     "task.optimizer.lr": "0.01",
     "task.router_lr_factor": "1",
     "model.noise": "0.5",
@@ -111,7 +112,11 @@ AXES = (
     Axis("noise", "How much noise on the inputs?", (Line({}, ("model.noise",)),)),
     Axis("rate", "Which learning rate?", (Line({}, ("task.optimizer.lr",)),)),
     Axis("router rate", "Which learning rate for the nodes?", (Line({}, ("task.router_lr_factor",)),)),
-    Axis("temperature", "How soft are the decisions in probabilities?", (Line({}, ("layer.temperature",)),)),
+    Axis(
+        "temperature",
+        "How soft are the decisions in probabilities?",
+        (Line({}, ("layer.temperature",)), Line({}, ("task.schedules.temperature",))),
+    ),
     Axis("batch", "How many rows a batch, of which a leaf sees one in 2^depth?", (Line({}, ("data.batch_size",)),)),
     Axis(
         "depth",
@@ -149,6 +154,7 @@ _WORDS = {
     "layer.depth": "depth",
     "task.schedules.balance_weight": "path balance",
     "task.schedules.hardening_weight": "hardening",
+    "task.schedules.temperature": "temperature",
     "task.optimizer.lr": "rate",
     "task.router_lr_factor": "rate of the nodes x",
     "model.noise": "noise",
