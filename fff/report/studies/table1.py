@@ -434,14 +434,18 @@ def _beside(part: Part) -> Figure:
 
 
 def _by_size(part: Part) -> Figure:
-    """Inference size against GA: a panel for each recipe, trees of each leaf width and dense layers of all widths."""
+    """Inference size against GA: a panel for each recipe, trees of each leaf width, dense layers no smaller."""
     look = _look(part)
     figure = Figure(figsize=(max(6.4, 4.2 * len(part.recipes)), 4.2), layout="constrained")
     panels = figure.subplots(1, len(part.recipes), sharey=True, squeeze=False)[0]
+    # Dense layers smaller than any tree would leave the trees a tenth of the height.
+    sizes_of_trees = (cell["inference_size"] for recipe in part.recipes for cell in part.trees(recipe).values())
+    least = min(sizes_of_trees, default=0)
     for j, (panel, (recipe, title)) in enumerate(zip(panels, part.recipes.items(), strict=True)):
         series, sizes = [], set()
         for row in part.rows:
             cells = [cell for key, cell in part.ours.items() if key[:3] == (recipe, *row)]
+            cells = [cell for cell in cells if cell["inference_size"] >= least]
             cells = sorted(cells, key=lambda cell: cell["inference_size"])
             x = [cell["inference_size"] for cell in cells]
             sizes |= set(x)
