@@ -5,7 +5,7 @@ import torch
 
 from fff import FFF, FeedForward, UltraFFF, aux_loss, soft_evaluation, update_biases
 from fff.ops.expert_mlp import expert_mlp
-from fff.ops.tree_route import dense_logits, leaf_probability
+from fff.ops.tree_route import dense_logits, leaf_probability, path_to
 
 VARIANTS = {
     "soft": {},
@@ -227,6 +227,18 @@ def test_the_runner_up_lies_behind_one_turned_decision(num_trees):
     torch.testing.assert_close(layer.record.losses, plain.record.losses)
     torch.testing.assert_close(layer.eval()(x), evaluated)
     assert layer.size == plain.size
+
+
+def test_at_a_low_temperature_the_least_certain_decision_is_turned():
+    layer = build("straight_through", runner_up=True, temperature=1e-6)
+    x = rows(50)
+    layer(x)
+    greedy, other = layer.record.index.unbind(1)
+    path = path_to(greedy.view(-1, 1, 1), 3)
+    logits = dense_logits(x, layer._nodes(), 3).gather(2, path.node.flatten(2)).view(50, 3)
+    # The first level at which two leaves part: 0 at the root, where their highest bits differ.
+    parted = 2 - (greedy ^ other).double().log2().floor().long()
+    assert torch.equal(parted, logits.abs().argmin(1))
 
 
 def test_a_runner_up_that_is_set_later_is_checked_as_well():

@@ -89,6 +89,13 @@ def test_a_change_stands_beside_the_base_of_its_leaf_width(bases, add, sections)
     assert narrow[1] == "+8.0 ± 1.0" and narrow[-2:] == ["2", "0"]
 
 
+def test_a_mean_over_fewer_seeds_is_not_ranked(bases, add, sections):
+    add((0.99,), {"model.noise": 1.0})
+    add((0.90, 0.91, 0.92), {"model.noise": 0.0})
+    best, _, worst, _ = cells_of(sections()["What each part of our recipe gains"], "USPS", "noise", "8")
+    assert (best, worst) == ("noise 0.5 (base)", "noise 0")
+
+
 def test_rows_are_in_natural_order(bases, add, sections):
     for rate in (0.03, 0.001, 0.1):
         add((0.9,), {"task.optimizer.lr": rate})
