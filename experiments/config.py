@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -106,6 +107,10 @@ def add(*numbers: int) -> int:
 
 def half(number: int) -> int:
     return number // 2
+
+
+def times(*numbers: float) -> float:
+    return math.prod(numbers)
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -251,6 +256,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("num_experts", num_experts, replace=True)
     OmegaConf.register_new_resolver("add", add, replace=True)
     OmegaConf.register_new_resolver("half", half, replace=True)
+    OmegaConf.register_new_resolver("times", times, replace=True)
     OmegaConf.register_new_resolver("option_groups", option_groups, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(identity(_root_)), replace=True)
 

@@ -15,7 +15,7 @@ from fff.report.tables import MISSING, number, percent, spread
 DATASETS = {"usps": "USPS", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 
 # Recipes in the order of the tables; another one follows under its own name.
-RECIPES = {"paper": "paper's recipe", "first": "our first recipe", "ours": "our recipe"}
+RECIPES = {"paper": "paper's recipe", "first": "our first recipe", "second": "our second recipe", "ours": "our recipe"}
 # What the runs were that do not name their recipe, as those from before it was recorded: of all layers, and of trees.
 _UNNAMED = {
     "paper": (

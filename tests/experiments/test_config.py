@@ -62,6 +62,23 @@ def test_our_recipe_trains_to_the_end_of_its_schedule(make_config, data):
     assert make_config("recipe=ours", f"data={data}", "experiment=debug").trainer.max_epochs == 1
 
 
+def test_the_temperature_of_our_recipe_falls_to_a_tenth_from_what_the_depth_tells(make_config):
+    def schedules(*overrides):
+        return identity(make_config("layer=fff", "width=64", *overrides))["task"].get("schedules")
+
+    ours = schedules("recipe=ours", "leaf_width=1", "trainer.max_epochs=7")["temperature"]
+    assert [epoch for epoch, _ in ours] == [0, 7] and [t for _, t in ours] == pytest.approx([1.5, 0.15])
+    assert schedules("recipe=ours", "leaf_width=8")["temperature"][0] == [0, 0.75]
+    assert not schedules("recipe=second", "leaf_width=8")
+
+
+@pytest.mark.parametrize("data", ["usps", "mnist", "fashion_mnist"])
+def test_our_second_recipe_is_ours_at_one_temperature(make_config, data):
+    ours, second = (identity(make_config(f"recipe={name}", f"data={data}", "layer=fff")) for name in ("ours", "second"))
+    ours["task"]["schedules"] = second["task"]["schedules"]
+    assert ours == second
+
+
 @pytest.mark.parametrize(
     "layer, base",
     [

@@ -233,11 +233,13 @@ def test_the_runs_of_the_committed_tables_keep_their_names(plan, monkeypatch):
     monkeypatch.setattr(sweep, "check_data", lambda node: None)
     with (Path(config_path()).parent / "results" / "runs" / "table1.csv").open() as file:
         committed = {
-            row["run_id"] for row in csv.DictReader(file) if row["data.name"] == "usps" and row["recipe"] == ""
+            row["run_id"]
+            for row in csv.DictReader(file)
+            if row["data.name"] == "usps" and row["recipe"] in ("", "second")
         }
-    planned = plan("experiment=table1", "recipe=paper,first", "seed=0,1,9").jobs
+    planned = plan("experiment=table1", "recipe=paper,first,second", "seed=0,1,9").jobs
     names = {job.run_dir.name for job in planned}
-    assert len(committed) == 400
+    assert len(committed) == 560
     assert {name for name in committed if "-s0-" in name or "-s1-" in name or "-s9-" in name} <= names
 
 

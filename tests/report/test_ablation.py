@@ -92,7 +92,7 @@ def test_a_change_stands_beside_the_base_of_its_leaf_width(bases, add, sections)
 def test_a_mean_over_fewer_seeds_is_not_ranked(bases, add, sections):
     add((0.99,), {"model.noise": 1.0})
     add((0.90, 0.91, 0.92), {"model.noise": 0.0})
-    best, _, worst, _ = cells_of(sections()["What each part of our recipe gains"], "USPS", "noise", "8")
+    best, _, worst, _ = cells_of(sections()["What each part of our second recipe gains"], "USPS", "noise", "8")
     assert (best, worst) == ("noise 0.5 (base)", "noise 0")
 
 
@@ -164,7 +164,7 @@ def test_what_answers_no_question_is_shown_with_all_that_differs(bases, add, sec
 def test_best_and_worst_are_chosen_by_validation_rows(bases, add, sections):
     add((0.99, 0.99, 0.99), {"model.noise": 0.0}, val=0.90)
     add((0.91, 0.93, 0.95), {"model.noise": 1.0}, val=0.98)
-    line = cells_of(sections()["What each part of our recipe gains"], "USPS", "noise", "8")
+    line = cells_of(sections()["What each part of our second recipe gains"], "USPS", "noise", "8")
     assert line == ["noise 1", "+1.0 ± 0.0", "noise 0", "+7.0 ± 1.2"]
 
 
@@ -172,14 +172,14 @@ def test_without_the_base_it_says_what_to_run(add, sections):
     add((0.9,))
     add((0.9,), {"model.noise": 1.0})
     with pytest.raises(
-        ValueError, match=r"no run of our recipe on usps with leaf width 1.*experiment=ablation data=usps"
+        ValueError, match=r"no run of our second recipe on usps with leaf width 1.*experiment=ablation data=usps"
     ):
         sections()
 
 
 def test_two_configurations_of_the_base_are_not_mixed(bases, add, sections):
     add((0.9,), {"trainer.max_epochs": 2})
-    with pytest.raises(ValueError, match="2 configurations of our recipe on usps with leaf width 8"):
+    with pytest.raises(ValueError, match="2 configurations of our second recipe on usps with leaf width 8"):
         sections()
 
 

@@ -1,4 +1,4 @@
-"""What each part of our recipe for trees gains: runs that change one thing of it, beside it with the same seeds.
+"""What each part of our second recipe for trees gains: runs that change one thing of it, beside it with the same seeds.
 
 The base is what `experiment=ablation` runs. An axis is one question; a cell belongs to it if it is the base but for
 what a line of the axis says, so that one cell may stand in several tables.
@@ -269,12 +269,14 @@ def _base(data: StudyData, name: str, runs: pd.DataFrame, leaf: str, cells: list
     found = [(cell, config) for cell, config in cells if all(config[key] == wanted[key] for key in wanted)]
     if not found:
         raise ValueError(
-            f"{data.name} has no run of our recipe on {name} with leaf width {leaf}, beside which all others are set:"
-            f" python -m experiments.train experiment={data.name} data={name}"
+            f"{data.name} has no run of our second recipe on {name} with leaf width {leaf}, beside which all others are"
+            f" set: python -m experiments.train experiment={data.name} data={name}"
         )
     if len(found) > 1:
         ids = {f"cell {cell['cell']}": runs["run_id"][runs["cell"] == cell["cell"]] for cell, _ in found}
-        raise refusal(data.name, f"{len(found)} configurations of our recipe on {name} with leaf width {leaf}", ids)
+        raise refusal(
+            data.name, f"{len(found)} configurations of our second recipe on {name} with leaf width {leaf}", ids
+        )
     return Base(leaf, *found[0])
 
 
@@ -380,11 +382,11 @@ def _glance(data: StudyData, parts: list[Part]) -> Table:
                         line |= {which: _marked(row), f"Δ {which}": _delta(part, row)}
                     lines.append(line)
     note = (
-        "One change of our recipe at a time. Best and worst: by mean validation accuracy, the base among them;"
+        "One change of our second recipe at a time. Best and worst: by mean validation accuracy, the base among them;"
         f" {_DIFFERENCE} {hardware(data.runs)}"
     )
     columns = ["data", "axis", "leaf width", "best", "Δ best", "worst", "Δ worst"]
-    return Table(data.name, "What each part of our recipe gains", pd.DataFrame(lines, columns=columns), note, 3)
+    return Table(data.name, "What each part of our second recipe gains", pd.DataFrame(lines, columns=columns), note, 3)
 
 
 def _records(part: Part) -> list[dict[str, Any]]:
@@ -426,7 +428,7 @@ def _figure(part: Part) -> Figure:
     axes.axvline(0, color=figures.DENSE, linewidth=0.8)
     axes.set_yticks(range(len(points)), [setting for _, setting in points])
     axes.set_ylim(len(points), -1)
-    axes.set(xlabel="GA less that of our recipe, points ± standard error", title=part.title)
+    axes.set(xlabel="GA less that of our second recipe, points ± standard error", title=part.title)
     axes.grid(axis="both", color="#dddddd", linewidth=0.6)
     figures.legend_below(figure, [axes])
     figure.get_layout_engine().set(w_pad=0.3)  # long names are wider in a bitmap than in the layout

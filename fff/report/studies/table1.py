@@ -35,8 +35,9 @@ from fff.report.tables import MISSING, Table, integer, number, of, percent, spre
 
 _RECIPE_NOTE = (
     "Paper's recipe: SGD, soft training with hardening loss; our first recipe: AdamW at a constant rate,"
-    " straight-through training with leaf balance; our recipe: AdamW at a rate that falls to 0, noise on the inputs,"
-    " straight-through training with leaf balance and runner-up leaves. Accuracies of the hard route, in percent."
+    " straight-through training with leaf balance; our second recipe: AdamW at a rate that falls to 0, noise on the"
+    " inputs, straight-through training with leaf balance and runner-up leaves; our recipe: the same at a temperature"
+    " that falls. Accuracies of the hard route, in percent."
 )
 _MODELS = {"FeedForward": "ff", "FFF": "fff"}
 _KEY = ["data", "recipe", "model", "leaf_width", "width"]
