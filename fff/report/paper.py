@@ -16,6 +16,8 @@ DATASETS = {"usps": "USPS", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 
 # Recipes in the order of the tables; another one follows under its own name.
 RECIPES = {"paper": "paper's recipe", "first": "our first recipe", "second": "our second recipe", "ours": "our recipe"}
+# Recipes that another one replaced: in tables beside it, not in figures.
+SUPERSEDED = {"first": "ours", "second": "ours"}
 # What the runs were that do not name their recipe, as those from before it was recorded: of all layers, and of trees.
 _UNNAMED = {
     "paper": (

@@ -237,9 +237,9 @@ def test_the_runs_of_the_committed_tables_keep_their_names(plan, monkeypatch):
             for row in csv.DictReader(file)
             if row["data.name"] == "usps" and row["recipe"] in ("", "second")
         }
-    planned = plan("experiment=table1", "recipe=paper,first,second", "seed=0,1,9").jobs
+    planned = plan("experiment=table1", "recipe=paper,first,second,ours", "seed=0,1,9").jobs
     names = {job.run_dir.name for job in planned}
-    assert len(committed) == 560
+    assert len(committed) == 880
     assert {name for name in committed if "-s0-" in name or "-s1-" in name or "-s9-" in name} <= names
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.tables import main
 from fff.report.cells import label, read_runs, summarize
-from fff.report.study import load, publish, studies
+from fff.report.study import load, publish, report, studies
 from tests.report.table_text import cells_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,6 +185,21 @@ def test_table1_tells_recipes_by_their_name_where_a_run_has_one(write_run, updat
         assert cells_of(best, "FFF", "8", source)[2] == f"90.0 / {ga}"
     assert "paper's recipe" not in best.split("\n\n")[1]
     assert published.remarks == ["table1: 2 runs of no known recipe or layer are in no table"]
+
+
+def test_table1_draws_no_recipe_whose_successor_was_run(write_run, update, results_dir):
+    def panels():
+        update("table1")
+        drawn = report(load("table1", results_dir)).figures
+        return [
+            [axes.get_title() for axes in drawn[f"usps_{kind}"].axes if axes.get_title()] for kind in ("paper", "size")
+        ]
+
+    write_run("table1", depth=3, mode="straight_through", optimizer=ADAMW, ga=0.81)
+    write_run("table1", depth=3, mode="gated", optimizer=ADAMW, ga=0.82, recipe="second")
+    assert panels() == [["our first recipe", "our second recipe"]] * 2
+    write_run("table1", depth=3, mode="soft", optimizer=ADAMW, ga=0.83, recipe="ours")
+    assert panels() == [["our recipe"]] * 2
 
 
 def test_table1_lends_a_dense_layer_to_the_recipe_that_trains_it_alike(write_run, update, results_dir):

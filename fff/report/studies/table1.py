@@ -16,6 +16,7 @@ from fff.report.cells import summarize
 from fff.report.paper import (
     DATASETS,
     RECIPES,
+    SUPERSEDED,
     Cell,
     ahead,
     hardware,
@@ -82,6 +83,11 @@ class Part(NamedTuple):
     @property
     def title(self) -> str:
         return DATASETS.get(self.name, self.name)
+
+    @property
+    def drawn(self) -> dict[str, str]:
+        """The recipes that figures of accuracy show: none whose successor was run."""
+        return {recipe: title for recipe, title in self.recipes.items() if SUPERSEDED.get(recipe) not in self.recipes}
 
     def trees(self, recipe: str) -> dict[tuple[int, int], Cell]:
         """By leaf width, wide ones first, and training width."""
@@ -411,10 +417,10 @@ def _percents(cells: Iterable[Cell], metric: str) -> list[list[float]]:
 def _beside(part: Part) -> Figure:
     """Training width against accuracy: a column of panels for each recipe, the paper's values dashed."""
     look = _look(part)
-    figure = Figure(figsize=(max(6.4, 4.0 * len(part.recipes)), 6.2), layout="constrained")
-    panels = figure.subplots(2, len(part.recipes), sharex=True, sharey="row", squeeze=False)
+    figure = Figure(figsize=(max(6.4, 4.0 * len(part.drawn)), 6.2), layout="constrained")
+    panels = figure.subplots(2, len(part.drawn), sharex=True, sharey="row", squeeze=False)
     for i, (metric, name) in enumerate((("ma", "MA"), ("ga", "GA"))):
-        for j, (recipe, title) in enumerate(part.recipes.items()):
+        for j, (recipe, title) in enumerate(part.drawn.items()):
             series = []
             for row in part.rows:
                 mine = {w: cell for w in part.widths if (cell := part.ours.get((recipe, *row, w)))}
@@ -437,12 +443,12 @@ def _beside(part: Part) -> Figure:
 def _by_size(part: Part) -> Figure:
     """Inference size against GA: a panel for each recipe, trees of each leaf width, dense layers no smaller."""
     look = _look(part)
-    figure = Figure(figsize=(max(6.4, 4.2 * len(part.recipes)), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(part.recipes), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(max(6.4, 5.4 * len(part.drawn)), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(part.drawn), sharey=True, squeeze=False)[0]
     # Dense layers smaller than any tree would leave the trees a tenth of the height.
-    sizes_of_trees = (cell["inference_size"] for recipe in part.recipes for cell in part.trees(recipe).values())
+    sizes_of_trees = (cell["inference_size"] for recipe in part.drawn for cell in part.trees(recipe).values())
     least = min(sizes_of_trees, default=0)
-    for j, (panel, (recipe, title)) in enumerate(zip(panels, part.recipes.items(), strict=True)):
+    for j, (panel, (recipe, title)) in enumerate(zip(panels, part.drawn.items(), strict=True)):
         series, sizes = [], set()
         for row in part.rows:
             cells = [cell for key, cell in part.ours.items() if key[:3] == (recipe, *row)]
