@@ -13,6 +13,7 @@ try:
     with install_import_hook("fff.ops", "beartype.beartype"):
         import fff.ops.balance
         import fff.ops.expert_mlp
+        import fff.ops.expert_order
         import fff.ops.top_k_route
         import fff.ops.tree_route  # noqa: F401
 finally:

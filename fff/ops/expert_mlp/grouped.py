@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fff.ops.expert_mlp.hidden import hidden_units
+from fff.ops.expert_order import expert_order
 
 
 def _hit(offset: Tensor) -> tuple[list[int], list[int]]:
@@ -124,10 +125,7 @@ def grouped(
 ) -> Tensor:
     assert index is not None, "grouped needs chosen experts"
     rows, choices = index.shape
-    num_experts = w_in.shape[0]
-    # Choices that are left out (-1) sort behind the last expert, where no group reaches.
-    expert, order = torch.sort(torch.where(index < 0, num_experts, index).flatten(), stable=True)
-    offset = torch.searchsorted(expert, torch.arange(num_experts + 1, device=x.device))
+    order, offset = expert_order(index.flatten(), w_in.shape[0])
     row = order if choices == 1 else torch.div(order, choices, rounding_mode="floor")
     gate = None if gate is None else gate.flatten().index_select(0, order).unsqueeze(-1)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
