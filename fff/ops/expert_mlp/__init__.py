@@ -12,14 +12,18 @@ Backends compute the same function and the same gradients; they differ in cost:
 | grouped   | sort, then one matmul per expert that is hit    | hard routes, training and large batches           |
 | gather    | one copy of an expert per choice                | a few rows, export to other runtimes              |
 | native    | as grouped, each expert read once, one C++ call | hard routes on a CPU, training and evaluation     |
+| triton    | as grouped, one program for each tile of rows   | hard routes on a GPU, training and evaluation     |
 
 "native" needs `python -m fff.build`, a named activation, no dropout, and float32 (without gradients also bfloat16).
-"grouped" and "native" have no second derivative, and neither `torch.func` transforms nor `torch.jit.trace` take them;
-ask for "gather" there.
+"triton" needs a CUDA device, a named activation, no dropout, experts of at most 256 units, and one of float32, float16
+and bfloat16; products of float32 are those of tf32 unless `torch.get_float32_matmul_precision()` is "highest".
+"grouped", "native" and "triton" have no second derivative, and neither `torch.func` transforms nor `torch.jit.trace`
+take them; ask for "gather" there.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -37,10 +41,21 @@ from fff.ops.expert_mlp.reference import reference
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-Backend = Literal["auto", "reference", "dense", "grouped", "gather", "native"]
-BACKENDS = {"reference": reference, "dense": dense, "grouped": grouped, "gather": gather, "native": cpu.native}
+gpu = None
+if find_spec("triton"):  # torch for CUDA brings it
+    from fff.ops.expert_mlp import triton as gpu
+
+Backend = Literal["auto", "reference", "dense", "grouped", "gather", "native", "triton"]
+BACKENDS = {
+    "reference": reference,
+    "dense": dense,
+    "grouped": grouped,
+    "gather": gather,
+    "native": cpu.native,
+    "triton": gpu and gpu.dispatch,
+}
 # These compute chosen experts only and have nothing to say where every expert is asked for.
-HARD_BACKENDS = ("grouped", "gather", "native")
+HARD_BACKENDS = ("grouped", "gather", "native", "triton")
 
 
 def resolve_backend(
@@ -48,13 +63,16 @@ def resolve_backend(
     problem: Problem,
     *,
     native: bool = False,
+    triton: bool = False,
+    cuda: bool = False,
     gradient: bool = False,
     exporting: bool = False,
     compiling: bool = False,
 ) -> str:
     """The concrete backend that "auto" stands for; any other known name is returned as it is.
 
-    native: whether the native operator can take the call.  gradient: whether there will be a backward pass.
+    native, triton: whether these can take the call.  cuda: whether it is on a GPU, of which `costs` knows nothing.
+    gradient: whether there will be a backward pass.
     exporting, compiling: the number of rows must not decide, it would be frozen into the graph.
     """
     if backend not in ("auto", *BACKENDS):
@@ -69,6 +87,8 @@ def resolve_backend(
         return "gather"
     if native:
         return "native"
+    if cuda:
+        return "triton" if triton else "grouped"
     if compiling:
         return "grouped"
     return cheapest(problem, gradient)
@@ -87,26 +107,42 @@ def choose_backend(
     activation: Activation = "relu",
     dropout: float = 0.0,
 ) -> str:
-    """`resolve_backend` for a call of `expert_mlp`; ValueError where "native" is asked for and cannot take it."""
+    """`resolve_backend` for a call of `expert_mlp`; ValueError where the kernels asked for cannot take it."""
     export = exporting()
-    native = gradient = False
+    tensors = x, gate, w_in, b_in, w_out, b_out
+    native = triton = gradient = False
     if index is not None and backend == "auto":
-        gradient = cpu.records_gradient(x, gate, w_in, b_in, w_out, b_out)
-    if index is not None and (backend == "native" or backend == "auto" and not export):
+        gradient = cpu.records_gradient(*tensors)
+    if index is not None and (backend in ("native", "triton") or backend == "auto" and not export):
         name = activation_name(resolve_activation(activation))
-        reason = cpu.refusal(name, x, gate, w_in, b_in, w_out, b_out, dropout=dropout)
-        if reason is not None and backend == "native":
-            raise ValueError(f"backend='native' cannot take this call: {reason}")
-        native = reason is None
+        if backend == "triton" or backend == "auto" and x.is_cuda:
+            reason = _triton_refusal(name, tensors, dropout)
+            triton = reason is None
+        else:
+            reason = cpu.refusal(name, *tensors, dropout=dropout)
+            native = reason is None
+        if reason is not None and backend != "auto":
+            raise ValueError(f"backend={backend!r} cannot take this call: {reason}")
     problem = Problem(*x.shape, *w_out.shape, None if index is None else index.shape[1])
     return resolve_backend(
         backend,
         problem,
         native=native,
+        triton=triton,
+        cuda=x.is_cuda,
         gradient=gradient,
         exporting=export,
         compiling=torch.compiler.is_compiling(),
     )
+
+
+def _triton_refusal(activation: str | None, tensors: tuple[Tensor | None, ...], dropout: float) -> str | None:
+    if gpu is None:
+        return "it needs triton, which torch brings along where it is built for CUDA"
+    x, *_, w_out, _ = tensors
+    dtype = autocast_dtype(x)
+    dtypes = {t.dtype for t in tensors if t is not None} if dtype is None else {dtype}
+    return gpu.refusal(activation, x.device, dtypes, w_out.shape[1], dropout)
 
 
 def expert_mlp(

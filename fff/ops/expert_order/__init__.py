@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 
-def expert_order(expert: Int[Tensor, " M"], num_experts: int) -> tuple[Int[Tensor, " M"], Int[Tensor, " E+1"]]:
-    """Order that sorts choices by their expert, equal ones as they come, and where each expert begins in it.
+def expert_order(expert: Int[Tensor, " M"], num_experts: int) -> tuple[Int[Tensor, " M"], Int[Tensor, " bounds"]]:
+    """Order that sorts choices by their expert, equal ones as they come, and its E + 1 bounds: where each expert begins.
 
     expert: below E; negative for a choice that is left out, which comes after all others.
     Choices order[offset[e]:offset[e + 1]] are those of expert e. No host synchronisation.
