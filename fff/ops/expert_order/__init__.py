@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def expert_order(expert: Int[Tensor, " M"], num_experts: int) -> tuple[Int[Tensor, " M"], Int[Tensor, " bounds"]]:
-    """Order that sorts choices by their expert, equal ones as they come, and its E + 1 bounds: where each expert begins.
+    """Order that sorts choices by their expert, equal ones as they come, and E + 1 bounds: where each expert begins.
 
     expert: below E; negative for a choice that is left out, which comes after all others.
     Choices order[offset[e]:offset[e + 1]] are those of expert e. No host synchronisation.
