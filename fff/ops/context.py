@@ -1,4 +1,4 @@
-"""What surrounds a call: autocast and export."""
+"""What surrounds a call: autocast, export, the current device."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Autocast switched off on x's device: decisions are taken in the precision of their parameters."""
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """x's GPU as the current one: Triton launches there, whatever the device of its arguments."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

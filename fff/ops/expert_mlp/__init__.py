@@ -24,7 +24,7 @@ take them; ask for "gather" there.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,9 +41,16 @@ from fff.ops.expert_mlp.reference import reference
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-gpu = None
-if find_spec("triton"):  # torch for CUDA brings it
-    from fff.ops.expert_mlp import triton as gpu
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def _triton(*call: Any, **options: bool) -> Tensor:
+    from fff.ops.expert_mlp.triton import (
+        dispatch,
+    )  # not before a GPU is used: importing triton takes a third of a second
+
+    return dispatch(*call, **options)
+
 
 Backend = Literal["auto", "reference", "dense", "grouped", "gather", "native", "triton"]
 BACKENDS = {
@@ -52,7 +59,7 @@ BACKENDS = {
     "grouped": grouped,
     "gather": gather,
     "native": cpu.native,
-    "triton": gpu and gpu.dispatch,
+    "triton": _triton,
 }
 # These compute chosen experts only and have nothing to say where every expert is asked for.
 HARD_BACKENDS = ("grouped", "gather", "native", "triton")
@@ -137,12 +144,14 @@ def choose_backend(
 
 
 def _triton_refusal(activation: str | None, tensors: tuple[Tensor | None, ...], dropout: float) -> str | None:
-    if gpu is None:
+    if not _HAS_TRITON:
         return "it needs triton, which torch brings along where it is built for CUDA"
+    from fff.ops.expert_mlp.triton import refusal
+
     x, *_, w_out, _ = tensors
     dtype = autocast_dtype(x)
     dtypes = {t.dtype for t in tensors if t is not None} if dtype is None else {dtype}
-    return gpu.refusal(activation, x.device, dtypes, w_out.shape[1], dropout)
+    return refusal(activation, x.device, dtypes, w_out.shape[1], dropout)
 
 
 def expert_mlp(
@@ -158,6 +167,7 @@ def expert_mlp(
     glu: bool = False,
     dropout: float = 0.0,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Float[Tensor, "T O"]:
     """Gated sum of the chosen experts of each row.
 
@@ -166,6 +176,7 @@ def expert_mlp(
     glu: gated experts. w_in then has H = 2 L rows, the first L pass through the activation and multiply the last L
         (Shazeer 2020, arXiv 2002.05202, equation 5); otherwise H = L.
     dropout: probability with which a hidden unit is zeroed after the activation; pass 0 outside training.
+    recompute: "triton" then keeps no pre-activations for the backward pass and computes them again.
     Under autocast everything is computed in, and returned in, the autocast type; "native" computes in that of the
     weights, and sums in float32.
     """
@@ -186,4 +197,6 @@ def expert_mlp(
             None if t is None else t.to(dtype) for t in (x, gate, w_in, b_in, w_out, b_out)
         )
     with without_autocast(x):
+        if name == "triton":
+            return _triton(x, index, gate, w_in, b_in, w_out, b_out, act, glu, dropout, recompute=recompute)
         return BACKENDS[name](x, index, gate, w_in, b_in, w_out, b_out, act, glu, dropout)

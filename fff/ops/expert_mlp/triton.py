@@ -37,8 +37,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fff.ops.activation import activation_name
-from fff.ops.expert_order.triton import TiledOrder, max_tiles, tiled_order
-from fff.ops.launch import launch
+from fff.ops.context import on_device
+from fff.ops.expert_order.triton import max_tiles, tiled_order
 
 MAX_WIDTH = 256
 SINGLE_CHOICES = 512
@@ -54,10 +54,14 @@ class Tiles(NamedTuple):
     stages: int
 
 
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
 def tiles(choices: int, num_experts: int, width: int, itemsize: int) -> Tiles:
     """Tile sizes by the mean number of choices per expert and by what fits: accumulators of rows x width in registers,
     `stages` blocks of both operands in shared memory."""
-    padded = max(16, triton.next_power_of_2(width))
+    padded = _padded(width)
     most = 16 if padded >= 256 else 32 if padded >= 128 else 64 if padded >= 64 else 128
     rows = min(most, max(16, triton.next_power_of_2(choices // max(1, num_experts))))
     columns = 64 if itemsize == 2 else 32
@@ -479,22 +483,35 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-class _Shape(NamedTuple):
-    """Constants that every kernel needs, from the tensors of a call."""
+def _constants(
+    index: Tensor,
+    gate: Tensor | None,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    glu: bool,
+) -> dict[str, object]:
+    """What every kernel of one call is compiled for."""
+    return {
+        "CHOICES": index.shape[1],
+        "L": w_out.shape[1],
+        "W": _padded(w_out.shape[1]),
+        "GLU": glu,
+        "ACT": activation,
+        "GATED": gate is not None,
+        "BIAS": b_in is not None,
+        "BIAS_OUT": b_out is not None,
+    }
 
-    choices: int
-    width: int
-    padded: int
-    out_features: int
-    in_features: int
-    num_experts: int
 
-    @classmethod
-    def of(cls, x: Tensor, index: Tensor, w_in: Tensor, w_out: Tensor) -> _Shape:
-        width = w_out.shape[1]
-        return cls(
-            index.shape[1], width, max(16, triton.next_power_of_2(width)), w_out.shape[2], x.shape[1], w_in.shape[0]
-        )
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _summed(parts: Tensor, choices: int) -> Tensor:
+    """(M, O) parts of each choice -> (T, O)."""
+    return parts if choices == 1 else parts.unflatten(0, (-1, choices)).sum(1)
 
 
 @torch.library.custom_op(
@@ -516,44 +533,37 @@ def triton_expert_mlp(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """y (T, O); what the backward pass needs: pre (M, H) by place if `keep`, else empty; and the `TiledOrder`."""
-    shape = _Shape.of(x, index, w_in, w_out)
-    x, index, w_in, w_out = (t.contiguous() for t in (x, index, w_in, w_out))
-    gate, b_in, b_out = (None if t is None else t.contiguous() for t in (gate, b_in, b_out))
-    size = tiles(index.numel(), shape.num_experts, shape.width, x.element_size())
-    order = tiled_order(index.flatten(), shape.num_experts, size.rows)
-    y = x.new_empty(index.numel(), shape.out_features)
-    pre = x.new_empty((index.numel(), w_in.shape[1]) if keep else 0)
-    constants = _constants(shape, gate, b_in, b_out, activation, glu)
-    if index.numel():
-        launch(
-            *(_forward, (max_tiles(index.numel(), shape.num_experts, size.rows),)),
-            *(x, gate, w_in, b_in, w_out, b_out, *order, y, pre, shape.num_experts, shape.in_features),
-            shape.out_features,
-            **constants,
-            **{"KEEP": keep, "ROWS": size.rows, "COLUMNS": size.columns, "PRECISION": _precision(x.dtype)},
-            **{"num_warps": size.warps, "num_stages": size.stages},
-        )
-    return _summed(y, shape.choices), pre, *order
-
-
-def _constants(
-    shape: _Shape, gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None, activation: str, glu: bool
-) -> dict[str, object]:
-    return {
-        "CHOICES": shape.choices,
-        "L": shape.width,
-        "W": shape.padded,
-        "GLU": glu,
-        "ACT": activation,
-        "GATED": gate is not None,
-        "BIAS": b_in is not None,
-        "BIAS_OUT": b_out is not None,
-    }
-
-
-def _summed(parts: Tensor, choices: int) -> Tensor:
-    """(M, O) parts of each choice -> (T, O)."""
-    return parts if choices == 1 else parts.unflatten(0, (-1, choices)).sum(1)
+    x, index, gate, w_in, b_in, w_out, b_out = _contiguous(x, index, gate, w_in, b_in, w_out, b_out)
+    num_experts, width, out_features = w_out.shape
+    choices = index.numel()
+    size = tiles(choices, num_experts, width, x.element_size())
+    y = x.new_empty(choices, out_features)
+    pre = x.new_empty((choices, w_in.shape[1]) if keep else 0)
+    with on_device(x):
+        order = tiled_order(index.flatten(), num_experts, size.rows)
+        if choices:
+            _forward[(order.tile_group.shape[0],)](
+                x,
+                gate,
+                w_in,
+                b_in,
+                w_out,
+                b_out,
+                *order,
+                y,
+                pre,
+                num_experts,
+                x.shape[1],
+                out_features,
+                **_constants(index, gate, b_in, w_out, b_out, activation, glu),
+                KEEP=keep,
+                ROWS=size.rows,
+                COLUMNS=size.columns,
+                PRECISION=_precision(x.dtype),
+                num_warps=size.warps,
+                num_stages=size.stages,
+            )
+    return _summed(y, index.shape[1]), pre, *order
 
 
 @triton_expert_mlp.register_fake
@@ -599,56 +609,83 @@ def triton_expert_mlp_backward(
     need: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, gate, w_in, b_in, w_out and b_out; an empty tensor for each that `need` does not ask for."""
-    shape = _Shape.of(x, index, w_in, w_out)
-    grad, x, w_in, w_out = (t.contiguous() for t in (grad, x, w_in, w_out))
-    gate, b_in, b_out = (None if t is None else t.contiguous() for t in (gate, b_in, b_out))
-    tiled = TiledOrder(order, offset, tile_start, tile_group)
-    choices, hidden_rows = index.numel(), w_in.shape[1]
-    size = tiles(choices, shape.num_experts, shape.width, x.element_size())
+    grad, x, gate, w_in, b_in, w_out, b_out = _contiguous(grad, x, gate, w_in, b_in, w_out, b_out)
+    num_experts, width, out_features = w_out.shape
+    choices = index.numel()
+    size = tiles(choices, num_experts, width, x.element_size())
     need_x, need_gate, *need_weights = need
     need_in, need_out = any(need_weights[:2]), any(need_weights[2:])
+    nothing = x.new_empty(0)
+    grad_x = x.new_empty(choices, x.shape[1]) if need_x else nothing
+    grad_gate = torch.empty_like(gate) if need_gate else nothing
+    grad_pre = x.new_empty(choices, w_in.shape[1]) if any(need_weights) else nothing
+    gated_hidden = x.new_empty(choices, width) if any(need_weights) else nothing
+    precision = _precision(x.dtype)
 
-    def empty(needed: bool, *sizes: int) -> Tensor:
-        return x.new_empty(sizes if needed else 0)
-
-    grad_x = empty(need_x, choices, shape.in_features)
-    grad_gate = empty(need_gate, choices)
-    grad_pre = empty(need_in or need_out, choices, hidden_rows)
-    gated_hidden = empty(need_in or need_out, choices, shape.width)
-    options = {"PRECISION": _precision(x.dtype), "num_warps": size.warps, "num_stages": size.stages}
-    if choices:
-        launch(
-            *(_backward, (tile_group.shape[0],)),
-            *(grad, x, gate, w_in, b_in, w_out, b_out, *tiled, pre, grad_x, grad_gate, grad_pre, gated_hidden),
-            *(shape.num_experts, shape.in_features, shape.out_features),
-            **_constants(shape, gate, b_in, b_out, activation, glu),
-            **{"RECOMPUTE": pre.numel() == 0, "NEED_X": need_x, "NEED_GATE": need_gate},
-            **{"NEED_WEIGHTS": need_in or need_out, "ROWS": size.rows, "COLUMNS": size.columns},
-            **options,
-        )
-
-    def weights(needed: bool, units: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, of_units: bool):
-        if not needed:
-            return x.new_empty(0), x.new_empty(0)
-        grad_weight = torch.empty_like(weight)
-        grad_bias = x.new_empty(0) if bias is None else torch.empty_like(bias)
-        many, columns = (triton.cdiv(n, block) for n, block in zip(weight.shape[1:], (block_units, 64), strict=True))
-        launch(
-            *(_weights, (shape.num_experts, many, columns)),
-            *(units, rows, gate, order, offset, grad_weight, grad_bias, *weight.shape[1:]),
-            **{"CHOICES": shape.choices, "GATED": gate is not None},
-            **{"OF_UNITS": of_units and bias is not None, "OF_ROWS": not of_units and bias is not None},
-            **{"UNITS": block_units, "ROWS": max(16, min(64, size.rows)), "COLUMNS": 64},
-            **options,
+    def sums(units: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, of_units: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of a weight and its bias, which sums the units of an expert or its gated rows."""
+        grad_weight, grad_bias = torch.empty_like(weight), nothing if bias is None else torch.empty_like(bias)
+        block = min(64, _padded(width))
+        _weights[num_experts, triton.cdiv(weight.shape[1], block), triton.cdiv(weight.shape[2], 64)](
+            units,
+            rows,
+            gate,
+            order,
+            offset,
+            grad_weight,
+            grad_bias,
+            *weight.shape[1:],
+            CHOICES=index.shape[1],
+            GATED=gate is not None,
+            OF_UNITS=of_units and bias is not None,
+            OF_ROWS=not of_units and bias is not None,
+            UNITS=block,
+            ROWS=min(64, size.rows),
+            COLUMNS=64,
+            PRECISION=precision,
+            num_warps=4,
+            num_stages=size.stages,
         )
         return grad_weight, grad_bias
 
-    block_units = min(64, shape.padded)
-    grad_w_in, grad_b_in = weights(need_in, grad_pre, x, w_in, b_in, True)
-    grad_w_out, grad_b_out = weights(need_out, gated_hidden, grad, w_out, b_out, False)
-    grad_x = _summed(grad_x, shape.choices) if need_x else grad_x
-    grad_gate = grad_gate.view(index.shape) if need_gate else grad_gate
-    found = grad_x, grad_gate, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+    with on_device(x):
+        if choices:
+            _backward[(tile_group.shape[0],)](
+                grad,
+                x,
+                gate,
+                w_in,
+                b_in,
+                w_out,
+                b_out,
+                order,
+                offset,
+                tile_start,
+                tile_group,
+                pre,
+                grad_x,
+                grad_gate,
+                grad_pre,
+                gated_hidden,
+                num_experts,
+                x.shape[1],
+                out_features,
+                **_constants(index, gate, b_in, w_out, b_out, activation, glu),
+                RECOMPUTE=pre.numel() == 0,
+                NEED_X=need_x,
+                NEED_GATE=need_gate,
+                NEED_WEIGHTS=any(need_weights),
+                ROWS=size.rows,
+                COLUMNS=size.columns,
+                PRECISION=precision,
+                num_warps=size.warps,
+                num_stages=size.stages,
+            )
+        of_w_in = sums(grad_pre, x, w_in, b_in, True) if need_in else (nothing, nothing)
+        of_w_out = sums(gated_hidden, grad, w_out, b_out, False) if need_out else (nothing, nothing)
+    grad_x = _summed(grad_x, index.shape[1]) if need_x else grad_x
+    found = grad_x, grad_gate, *of_w_in, *of_w_out
+    # A custom operator returns no tensor twice.
     return [tensor if needed else x.new_empty(0) for tensor, needed in zip(found, need, strict=True)]
 
 
@@ -697,18 +734,27 @@ def triton_expert_mlp_single(
     glu: bool,
 ) -> Tensor:
     """y (T, O) of few choices, without gradient."""
-    shape = _Shape.of(x, index, w_in, w_out)
-    x, index, w_in, w_out = (t.contiguous() for t in (x, index, w_in, w_out))
-    gate, b_in, b_out = (None if t is None else t.contiguous() for t in (gate, b_in, b_out))
-    y = x.new_empty(index.numel(), shape.out_features)
+    x, index, gate, w_in, b_in, w_out, b_out = _contiguous(x, index, gate, w_in, b_in, w_out, b_out)
+    y = x.new_empty(index.numel(), w_out.shape[2])
     if index.numel():
-        launch(
-            *(_single, (index.numel(),)),
-            *(x, index, gate, w_in, b_in, w_out, b_out, y, shape.num_experts, shape.in_features, shape.out_features),
-            **_constants(shape, gate, b_in, b_out, activation, glu),
-            **{"COLUMNS": max(32, min(256, 8192 // shape.padded)), "num_warps": 8},
-        )
-    return _summed(y, shape.choices)
+        with on_device(x):
+            _single[(index.numel(),)](
+                x,
+                index,
+                gate,
+                w_in,
+                b_in,
+                w_out,
+                b_out,
+                y,
+                w_out.shape[0],
+                x.shape[1],
+                w_out.shape[2],
+                **_constants(index, gate, b_in, w_out, b_out, activation, glu),
+                COLUMNS=max(32, min(256, 8192 // _padded(w_out.shape[1]))),
+                num_warps=8,
+            )
+    return _summed(y, index.shape[1])
 
 
 @triton_expert_mlp_single.register_fake

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fff.ops.expert_order import expert_order
-from fff.ops.launch import launch
 
 BLOCK, PART = 256, 32
 MAX_COUNTS = 2**22
@@ -130,9 +129,10 @@ def max_tiles(num_choices: int, num_experts: int, tile_rows: int) -> int:
 
 
 def tiled_order(expert: Tensor, num_experts: int, tile_rows: int) -> TiledOrder:
-    """expert: (M,) below E, any integer type; what lies outside 0 .. E - 1 is left out."""
+    """expert: (M,) of any integer type; what is not 0 .. E - 1 is left out. Launches on the current device."""
     num_choices = expert.shape[0]
     num_blocks = triton.cdiv(num_choices, BLOCK)
+    most = max_tiles(num_choices, num_experts, tile_rows)
 
     def empty(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=expert.device)
@@ -141,22 +141,19 @@ def tiled_order(expert: Tensor, num_experts: int, tile_rows: int) -> TiledOrder:
     if (num_experts + 1) * num_blocks > MAX_COUNTS:
         order, place = expert_order(torch.where(expert < num_experts, expert, -1), num_experts)
         place = torch.cat([place, place.new_full([1], num_choices)]).to(torch.int32)
-        launch(_tiles, (1,), place, 1, offset, tile_start, num_experts, TILE=tile_rows, BLOCK=1024)
-        tile = torch.arange(max_tiles(num_choices, num_experts, tile_rows), device=expert.device, dtype=torch.int32)
+        _tiles[(1,)](place, 1, offset, tile_start, num_experts, TILE=tile_rows, BLOCK=1024)
+        tile = torch.arange(most, device=expert.device, dtype=torch.int32)
         tile_group = torch.searchsorted(tile_start[1:], tile, right=True, out_int32=True)
         return TiledOrder(order.to(torch.int32), offset, tile_start, tile_group)
+    rank, order, tile_group = empty(num_choices), empty(num_choices), empty(most)
     # One zero in front: the prefix sum at a place is then what lies before it.
     count = torch.zeros(1 + (num_experts + 1) * num_blocks, dtype=torch.int32, device=expert.device)
-    rank, order = empty(num_choices), empty(num_choices)
-    tile_group = empty(max_tiles(num_choices, num_experts, tile_rows))
     sizes = num_choices, num_experts, num_blocks
     if num_choices:
-        launch(_count, (num_blocks,), expert, rank, count[1:], *sizes, BLOCK=BLOCK, PART=PART, num_warps=8)
+        _count[(num_blocks,)](expert, rank, count[1:], *sizes, BLOCK=BLOCK, PART=PART, num_warps=8)
     place = count.cumsum(0, dtype=torch.int32)
-    launch(_tiles, (1,), place, num_blocks, offset, tile_start, num_experts, TILE=tile_rows, BLOCK=1024)
+    _tiles[(1,)](place, num_blocks, offset, tile_start, num_experts, TILE=tile_rows, BLOCK=1024)
     if num_choices:
-        launch(
-            *(_scatter, (num_blocks,), expert, rank, place, offset, tile_start, order, tile_group, *sizes),
-            **{"TILE": tile_rows, "BLOCK": BLOCK},
-        )
+        pointers = expert, rank, place, offset, tile_start, order, tile_group
+        _scatter[(num_blocks,)](*pointers, *sizes, TILE=tile_rows, BLOCK=BLOCK)
     return TiledOrder(order, offset, tile_start, tile_group)
