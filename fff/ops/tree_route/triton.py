@@ -15,19 +15,19 @@ all trees: tree p has places p 2^l .. (p + 1) 2^l - 1 of level l, the children o
 place in level d is the leaf. Sums are in float32 whatever the operands; float32 operands of `_top` are rounded to
 TensorFloat32 if `torch.set_float32_matmul_precision` allows it, those of `_walk` never are.
 
-Backward, for a gradient g (T, P, d) of the logits, with neither atomics nor host synchronisation. The order of every sum
-is fixed by the shapes and the route, so repeated calls have the same bits:
+Backward, for a gradient g (T, P, d) of the logits, with neither atomics nor host synchronisation. Shapes and route fix
+the order of every sum, so repeated calls have the same bits:
 
 - `_row_gradient`: dx[t] sums g times node weights along the paths, which are known from the leaf.
-- `_spread` + matmul: for the first levels, where a node has many rows, g is written out as a matrix (T, P M) with zeros
-  off the path, and d weight is that matrix, transposed, times x.
+- `_spread` + matmul: for the first levels, where a node has many rows, g is written out as a matrix (T, P (M + 1)) with
+  zeros off the path, and d weight is that matrix, transposed, times x. The column too many keeps it aligned.
 - `_node_gradient`: for deeper nodes. Sorted by leaf, the choices of a node are consecutive, as are its leaves; one
   program per node and block of columns sums them up, and writes zeros for a node that no row visits.
 
 Limits
 - Depth at most 15; fp16, bf16 and float32; no second derivative, no `torch.func`.
-- A deep node that very many rows visit is summed by one program per block of columns while the others idle. Up to
-  2^-levels of the rows per node nothing is lost; collapsed trees pay.
+- The rows of a deep node are summed by one program per block of columns. Where most rows share a few leaves, as in a
+  collapsed tree, these programs run long after all others are done.
 - A row with a nan spoils the weight gradient of every node in the first levels, as it does in `F.linear`, not just of
   those on its way.
 - Never run on a GPU: values are tested in Triton's interpreter, the kernels are compiled for sm_80, sm_90 and sm_100.
@@ -193,26 +193,24 @@ def _row_gradient(
 def _spread(
     grad_logit,  # (T, P, d)
     index,  # (T, P)
-    spread,  # out (T, P, M): the gradient of each node's logit, 0 off the path
+    spread,  # out (T, P, M + 1): the gradient of each node's logit; 0 off the path and in the last column
     num_choices,  # T P
     depth,
     LEVELS: tl.constexpr,
     CHOICES: tl.constexpr,
-    NODES: tl.constexpr,  # M, padded to a power of two
 ):
     choice = tl.program_id(0).to(tl.int64) * CHOICES + tl.arange(0, CHOICES)
     live = choice < num_choices
-    column = tl.arange(0, NODES)
-    leaf = tl.load(index + choice, mask=live, other=0)
+    column = tl.arange(0, 2**LEVELS)
+    leaf = tl.load(index + choice, mask=live, other=0).to(tl.int32)
     heap = (1 << depth) + (leaf & ((1 << depth) - 1))  # heap entry plus 1, whose ancestors are its leading bits
-    value = tl.zeros((CHOICES, NODES), tl.float32)
+    value = tl.zeros((CHOICES, 2**LEVELS), tl.float32)
     for level in tl.static_range(LEVELS):
         node = (heap >> (depth - level)) - 1
         slope = tl.load(grad_logit + choice * depth + level, mask=live, other=0)
         value = tl.where(column == node[:, None], slope[:, None], value)
-    width = (1 << LEVELS) - 1
-    mask = live[:, None] & (column < width)
-    tl.store(spread + choice[:, None] * width + column, value.to(spread.dtype.element_ty), mask=mask)
+    out = spread + choice[:, None] * 2**LEVELS + column
+    tl.store(out, value.to(spread.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
@@ -263,28 +261,31 @@ def _node_gradient(
             tl.store(grad_bias + node, tl.sum(biases).to(grad_bias.dtype.element_ty))
 
 
-# What `top_levels` weighs, in bytes that one multiprocessor could have read from the level-2 cache meanwhile. Round
-# figures for a card of the H100's kind: about 100 GB/s each, 0.7 us from a load to its use, 5 us for a further launch.
+# What `top_levels` weighs, in bytes that a multiprocessor could have read from the level-2 cache meanwhile. Guesses for
+# a card of the H100's kind: 100 GB/s for each, 0.7 us from a load to the next that needs it, 5 us for a further launch.
 WAIT, LAUNCH = 2**16, 2**19
 
 
 def top_levels(rows: int, in_features: int, depth: int, dtype: torch.dtype) -> int:
-    """How many levels go by matmul: those with which the rows of a tile are done with the fewest bytes and waits.
+    """How many levels go by matmul: the number with which the rows of a tile cost the fewest bytes and waits.
 
-    Matmul: one wait, the weights of 2^levels - 1 nodes and each row once. Walk: per level one wait, a node's weights for
-    each row. Both: one launch more than either alone. With few rows the weights that a tile reads for rows that are not
-    there cost more than the waits they save, and a second launch more still, so that a deep tree is walked from the root.
+    Matmul: one wait; the weights of 2^levels - 1 nodes, and each row once. Walk: for each level one wait; each row, and
+    for each the weights of a node. Both: a launch more than either alone. A tile with few rows reads weights that none
+    of them asks for, and a deep tree is then walked from the root. Full tiles take all levels they can: fewer bytes at
+    any width, and backward leaves no node with very many rows to a single program.
 
     This is reasoning from data sheets. Where one really overtakes the other has not been measured on a GPU.
     """
-    rows, row = min(rows, BLOCK_ROWS), in_features * dtype.itemsize
+    most, row = min(depth, MAX_LEVELS), in_features * dtype.itemsize
+    if rows >= BLOCK_ROWS:
+        return most
 
     def cost(levels: int) -> int:
         matmul = WAIT + (2**levels - 1 + rows) * row if levels else 0
-        walk = (depth - levels) * (WAIT + rows * row)
+        walk = (depth - levels) * (WAIT + 2 * rows * row)
         return matmul + walk + (LAUNCH if 0 < levels < depth else 0)
 
-    return min(range(min(depth, MAX_LEVELS) + 1), key=cost)
+    return min(range(most + 1), key=cost)
 
 
 def refusal(x: Tensor, node_weight: Tensor) -> str | None:
@@ -369,7 +370,7 @@ def _descend(
                 *sizes,
                 LEVELS=levels,
                 CHOICES=choices,
-                BLOCK_D=_block(in_features, 1024),
+                BLOCK_D=_block(in_features, 512),
                 num_warps=4,
             )
     return index, logit
@@ -421,8 +422,8 @@ def _descend_backward(
                 num_warps=4,
             )
         if levels and (need_weight or need_bias):
-            choices, width = 32, 2**levels - 1
-            spread = x.new_empty(rows, num_trees * width)
+            choices, known = 16, 2**levels - 1
+            spread = x.new_empty(rows, num_trees, known + 1)
             _spread[(triton.cdiv(index.numel(), choices),)](
                 grad_logit,
                 index,
@@ -431,13 +432,13 @@ def _descend_backward(
                 depth,
                 LEVELS=levels,
                 CHOICES=choices,
-                NODES=2**levels,
                 num_warps=4,
             )
             if need_weight:
-                grad_weight.view(num_trees, -1, in_features)[:, :width] = (spread.T @ x).view(num_trees, width, -1)
+                found = (spread.flatten(1).T @ x).view(num_trees, known + 1, in_features)
+                grad_weight.view(num_trees, -1, in_features)[:, :known] = found[:, :known]
             if need_bias:
-                grad_bias.view(num_trees, -1)[:, :width] = spread.sum(0, dtype=torch.float32).view(num_trees, width)
+                grad_bias.view(num_trees, -1)[:, :known] = spread.sum(0, dtype=torch.float32)[:, :known]
         if levels < depth and (need_weight or need_bias):
             order, offset = expert_order(index.flatten(), num_trees * 2**depth)
             choices, block = 16, _block(in_features, 128)
