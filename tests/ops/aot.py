@@ -51,7 +51,7 @@ def descents() -> Iterator[None]:
         decision_bias = torch.zeros(nodes) if all_inputs else None
         flip = torch.zeros(rows, num_trees, depth, dtype=torch.bool) if all_inputs else None
         call = num_trees, depth, levels
-        _, logit = torch.ops.fff.triton_descend(x, weight, bias, decision_bias, flip, *call)
+        logit, _ = torch.ops.fff.triton_descend(x, weight, bias, decision_bias, flip, *call)
         index = torch.zeros(rows, num_trees, dtype=torch.int64)
         torch.ops.fff.triton_descend_backward(logit, x, weight, index, *call, True, True, all_inputs)
 

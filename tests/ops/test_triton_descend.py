@@ -286,6 +286,7 @@ def test_levels_by_matmul(in_features, dtype):
     assert levels(1, 15) == 0  # one row, whose two launches would cost more than all its waits
 
 
+@pytest.mark.slow
 def test_kernels_compile_ahead_of_time():
     """For GPUs of three generations, with shared memory to spare."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}

@@ -12,22 +12,24 @@ A row needs d of the N logits of a tree, each of them only after the one before.
 
 `top_levels` chooses between them. Between kernels and levels a row's position is its place in the level, counted over
 all trees: tree p has places p 2^l .. (p + 1) 2^l - 1 of level l, the children of place j are 2j and 2j + 1, and the
-place in level d is the leaf. Sums are in float32 whatever the operands; float32 operands of `_top` are rounded to
-TensorFloat32 if `torch.set_float32_matmul_precision` allows it, those of `_walk` never are.
+place in level d is the leaf. Sums are in float32, and so is the logit that decides, which other backends round to x's
+type. Float32 operands are rounded to TensorFloat32 in `_top` if `torch.set_float32_matmul_precision` allows it, but
+never in `_walk`.
 
 Backward, for a gradient g (T, P, d) of the logits, with neither atomics nor host synchronisation. Shapes and route fix
 the order of every sum, so repeated calls have the same bits:
 
 - `_row_gradient`: dx[t] sums g times node weights along the paths, which are known from the leaf.
 - `_spread` + matmul: for the first levels, where a node has many rows, g is written out as a matrix (T, P (M + 1)) with
-  zeros off the path, and d weight is that matrix, transposed, times x. The column too many keeps it aligned.
+  zeros off the path, in x's type, and d weight is that matrix, transposed, times x. The column too many keeps rows
+  aligned, as cuBLAS likes them.
 - `_node_gradient`: for deeper nodes. Sorted by leaf, the choices of a node are consecutive, as are its leaves; one
   program per node and block of columns sums them up, and writes zeros for a node that no row visits.
 
 Limits
-- Depth at most 15; fp16, bf16 and float32; no second derivative, no `torch.func`.
+- Depth at most 15; float16, bfloat16 and float32; no second derivative, no `vmap`.
 - The rows of a deep node are summed by one program per block of columns. Where most rows share a few leaves, as in a
-  collapsed tree, these programs run long after all others are done.
+  collapsed tree, these programs run long after all others are done. Backward sorts the choices by leaf for it, once.
 - A row with a nan spoils the weight gradient of every node in the first levels, as it does in `F.linear`, not just of
   those on its way.
 - Never run on a GPU: values are tested in Triton's interpreter, the kernels are compiled for sm_80, sm_90 and sm_100.
@@ -342,7 +344,7 @@ def _descend(
     if depth == 0:
         index.copy_(torch.arange(num_trees, device=x.device))
     if depth == 0 or rows == 0:
-        return index, logit
+        return logit, index
     levels = _levels(x, depth, levels)
     x = _rows(x)
     pointers = x, *map(_given, (node_weight, node_bias, decision_bias, flip)), index, logit
@@ -373,15 +375,13 @@ def _descend(
                 BLOCK_D=_block(in_features, 512),
                 num_warps=4,
             )
-    return index, logit
+    return logit, index
 
 
 @_descend.register_fake
 def _(x, node_weight, node_bias, decision_bias, flip, num_trees, depth, levels):
-    return (
-        x.new_empty(x.shape[0], num_trees, dtype=torch.int64),
-        x.new_empty(x.shape[0], num_trees, 1, depth, dtype=torch.float32),
-    )
+    logit = x.new_empty(x.shape[0], num_trees, 1, depth, dtype=torch.float32)
+    return logit, x.new_empty(x.shape[0], num_trees, dtype=torch.int64)
 
 
 @torch.library.custom_op("fff::triton_descend_backward", mutates_args=())
@@ -473,10 +473,10 @@ def _(grad_logit, x, node_weight, index, num_trees, depth, levels, need_x, need_
 
 def _setup_context(ctx, inputs, output):
     x, node_weight, _, _, _, *ctx.call = inputs
-    ctx.save_for_backward(x, node_weight, output[0])
+    ctx.save_for_backward(x, node_weight, output[1])
 
 
-def _backward(ctx, _, grad_logit):
+def _backward(ctx, grad_logit, _):
     need = ctx.needs_input_grad[:3]
     found = _descend_backward(grad_logit, *ctx.saved_tensors, *ctx.call, *need)
     return *(gradient if needed else None for gradient, needed in zip(found, need, strict=True)), *[None] * 5
@@ -510,4 +510,5 @@ def descend(
         raise ValueError(f"depth={depth} must lie between 0 and {MAX_DEPTH}")
     if levels is not None and not 0 <= levels <= min(depth, MAX_LEVELS):
         raise ValueError(f"levels={levels} must lie between 0 and {min(depth, MAX_LEVELS)}")
-    return _descend(x, node_weight, node_bias, decision_bias, flip, num_trees, depth, levels)
+    logit, index = _descend(x, node_weight, node_bias, decision_bias, flip, num_trees, depth, levels)
+    return index, logit
