@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = "lightning", "pytorch_lightning", "torchmetrics", "hydra", "omegaconf", "datasets", "pandas", "sklearn"
+HEAVY = (
+    "lightning",
+    "pytorch_lightning",
+    "torchmetrics",
+    "hydra",
+    "omegaconf",
+    "datasets",
+    "pandas",
+    "sklearn",
+    "triton",
+)
 
 
 def run(code: str) -> str:

@@ -7,6 +7,7 @@ import beartype  # noqa: F401
 import torch._dynamo  # noqa: F401
 from jaxtyping import install_import_hook
 
+# Modules of Triton kernels stay outside: the hook would wrap kernels too, which then miss the names around them.
 # The ops import their annotations for type checkers only, to need nothing but torch.
 typing.TYPE_CHECKING = True
 try:

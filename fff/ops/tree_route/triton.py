@@ -1,0 +1,514 @@
+"""Greedy descent of trees on a GPU: Triton kernels, forward and backward.
+
+T rows, D input width, P trees, d depth, N = 2^d - 1 nodes of one tree, M = 2^levels - 1 of them in its first levels.
+
+A row needs d of the N logits of a tree, each of them only after the one before. Two kernels share the levels:
+
+- `_top` evaluates all M nodes of the first `levels` levels for a tile of rows, by tensor cores: M dot products where
+  `levels` would do, but no wait between them and each weight read once for the whole tile. Their logits stay in
+  registers, where each row then picks its way: a masked sum over the M columns is the logit of the current node.
+- `_walk` goes on from there (or from the root) one node after the other: a few rows per program, the row and the
+  weights of its node multiplied and summed in float32. Every level waits for memory once.
+
+`top_levels` chooses between them. Between kernels and levels a row's position is its place in the level, counted over
+all trees: tree p has places p 2^l .. (p + 1) 2^l - 1 of level l, the children of place j are 2j and 2j + 1, and the
+place in level d is the leaf. Sums are in float32, and so is the logit that decides, which other backends round to x's
+type. Float32 operands are rounded to TensorFloat32 in `_top` if `torch.set_float32_matmul_precision` allows it, but
+never in `_walk`.
+
+Backward, for a gradient g (T, P, d) of the logits, with neither atomics nor host synchronisation. Shapes and route fix
+the order of every sum, so repeated calls have the same bits:
+
+- `_row_gradient`: dx[t] sums g times node weights along the paths, which are known from the leaf.
+- `_spread` + matmul: for the first levels, where a node has many rows, g is written out as a matrix (T, P (M + 1)) with
+  zeros off the path, in x's type, and d weight is that matrix, transposed, times x. The column too many keeps rows
+  aligned, as cuBLAS likes them.
+- `_node_gradient`: for deeper nodes. Sorted by leaf, the choices of a node are consecutive, as are its leaves; one
+  program per node and block of columns sums them up, and writes zeros for a node that no row visits.
+
+Limits
+- Depth at most 15; float16, bfloat16 and float32; no second derivative, no `vmap`.
+- The rows of a deep node are summed by one program per block of columns. Where most rows share a few leaves, as in a
+  collapsed tree, these programs run long after all others are done. Backward sorts the choices by leaf for it, once.
+- A row with a nan spoils the weight gradient of every node in the first levels, as it does in `F.linear`, not just of
+  those on its way.
+- Never run on a GPU: values are tested in Triton's interpreter, the kernels are compiled for sm_80, sm_90 and sm_100.
+  Speed, block sizes and `top_levels` are unmeasured, and TensorFloat32 and bfloat16 matmuls untested.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fff.ops.context import without_autocast
+from fff.ops.expert_order import expert_order
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_DEPTH = 15
+MAX_LEVELS = 7  # the logits of 127 nodes for BLOCK_ROWS rows are 64 registers of each thread
+BLOCK_ROWS = 64  # rows of a tile of `_top`
+
+
+@triton.jit
+def _node(place, tree, level, depth):
+    """Index into the nodes of all trees, (P N), of a place in a level."""
+    return place + tree * ((1 << depth) - 1 - (1 << level)) + (1 << level) - 1
+
+
+@triton.jit
+def _turn(logit, node, choice, level, depth, decision_bias, flip, live):
+    """1 where a choice goes to the right child, else 0; a nan goes left."""
+    if decision_bias is not None:
+        logit += tl.load(decision_bias + node, mask=live, other=0).to(tl.float32)
+    right = (logit >= 0).to(tl.int32)
+    if flip is not None:
+        right ^= tl.load(flip + choice * depth + level, mask=live, other=0).to(tl.int32)
+    return right
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _top(
+    x,  # (T, D), rows x_stride apart
+    node_weight,  # (P N, D)
+    node_bias,  # (P N,) or None
+    decision_bias,  # (P N,) or None
+    flip,  # (T, P, d) or None
+    index,  # out (T, P): place in level LEVELS
+    logit,  # out (T, P, d): the first LEVELS columns
+    num_rows,
+    num_trees,
+    in_features,
+    x_stride,
+    depth,
+    LEVELS: tl.constexpr,
+    NODES: tl.constexpr,  # M, padded to a power of two
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tree = tl.program_id(1).to(tl.int64)
+    live = row < num_rows
+    column = tl.arange(0, NODES)
+    known = column < (1 << LEVELS) - 1
+    node = tree * ((1 << depth) - 1) + column
+    logits = tl.zeros((ROWS, NODES), tl.float32)
+    for start in range(0, in_features, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = d < in_features
+        rows = tl.load(x + row[:, None] * x_stride + d, mask=live[:, None] & inside, other=0)
+        weights = tl.load(node_weight + node[:, None] * in_features + d, mask=known[:, None] & inside, other=0)
+        logits = tl.dot(rows, weights.T, logits, input_precision=PRECISION)
+    if node_bias is not None:
+        logits += tl.load(node_bias + node, mask=known, other=0).to(tl.float32)
+    choice = row * num_trees + tree
+    place = tl.zeros((ROWS,), tl.int64) + tree
+    for level in tl.static_range(LEVELS):
+        visited = _node(place, tree, level, depth)
+        value = tl.sum(tl.where(node == visited[:, None], logits, 0.0), 1)
+        tl.store(logit + choice * depth + level, value, mask=live)
+        place = 2 * place + _turn(value, visited, choice, level, depth, decision_bias, flip, live)
+    tl.store(index + choice, place, mask=live)
+
+
+@triton.jit(do_not_specialize=["num_choices"])
+def _walk(
+    x,  # (T, D), rows x_stride apart
+    node_weight,  # (P N, D)
+    node_bias,  # (P N,) or None
+    decision_bias,  # (P N,) or None
+    flip,  # (T, P, d) or None
+    index,  # (T, P): in, unless LEVELS is 0, place in level LEVELS; out, leaf
+    logit,  # out (T, P, d): the columns from LEVELS on
+    num_choices,  # T P
+    num_trees,
+    in_features,
+    x_stride,
+    depth,
+    LEVELS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    choice = tl.program_id(0).to(tl.int64) * CHOICES + tl.arange(0, CHOICES)
+    live = choice < num_choices
+    tree = choice % num_trees
+    place = tree
+    if LEVELS > 0:
+        place = tl.load(index + choice, mask=live, other=0)
+    x += (choice // num_trees)[:, None] * x_stride
+    for level in range(LEVELS, depth):
+        node = _node(place, tree, level, depth)
+        products = tl.zeros((CHOICES, BLOCK_D), tl.float32)
+        for start in range(0, in_features, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mask = live[:, None] & (d < in_features)
+            rows = tl.load(x + d, mask=mask, other=0).to(tl.float32)
+            weights = tl.load(node_weight + node[:, None] * in_features + d, mask=mask, other=0).to(tl.float32)
+            products += rows * weights
+        value = tl.sum(products, 1)
+        if node_bias is not None:
+            value += tl.load(node_bias + node, mask=live, other=0).to(tl.float32)
+        tl.store(logit + choice * depth + level, value, mask=live)
+        place = 2 * place + _turn(value, node, choice, level, depth, decision_bias, flip, live)
+    tl.store(index + choice, place, mask=live)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _row_gradient(
+    grad_logit,  # (T, P, d)
+    index,  # (T, P)
+    node_weight,  # (P N, D)
+    grad_x,  # out (T, D)
+    num_rows,
+    num_trees,
+    in_features,
+    depth,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = row < num_rows
+    mask = live[:, None] & (d < in_features)
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for tree in range(num_trees):
+        choice = row * num_trees + tree
+        leaf = tl.load(index + choice, mask=live, other=0)
+        for level in range(depth):
+            node = _node(leaf >> (depth - level), tree, level, depth)
+            slope = tl.load(grad_logit + choice * depth + level, mask=live, other=0)
+            weights = tl.load(node_weight + node[:, None] * in_features + d, mask=mask, other=0)
+            total += slope[:, None] * weights.to(tl.float32)
+    tl.store(grad_x + row[:, None] * in_features + d, total.to(grad_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_choices"])
+def _spread(
+    grad_logit,  # (T, P, d)
+    index,  # (T, P)
+    spread,  # out (T, P, M + 1): the gradient of each node's logit; 0 off the path and in the last column
+    num_choices,  # T P
+    depth,
+    LEVELS: tl.constexpr,
+    CHOICES: tl.constexpr,
+):
+    choice = tl.program_id(0).to(tl.int64) * CHOICES + tl.arange(0, CHOICES)
+    live = choice < num_choices
+    column = tl.arange(0, 2**LEVELS)
+    leaf = tl.load(index + choice, mask=live, other=0).to(tl.int32)
+    heap = (1 << depth) + (leaf & ((1 << depth) - 1))  # heap entry plus 1, whose ancestors are its leading bits
+    value = tl.zeros((CHOICES, 2**LEVELS), tl.float32)
+    for level in tl.static_range(LEVELS):
+        node = (heap >> (depth - level)) - 1
+        slope = tl.load(grad_logit + choice * depth + level, mask=live, other=0)
+        value = tl.where(column == node[:, None], slope[:, None], value)
+    out = spread + choice[:, None] * 2**LEVELS + column
+    tl.store(out, value.to(spread.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _node_gradient(
+    x,  # (T, D), rows x_stride apart
+    grad_logit,  # (T, P, d)
+    order,  # (T P,): choices sorted by leaf
+    offset,  # (P 2^d + 1,): where each leaf begins in it
+    grad_weight,  # out (P N, D) or None: the nodes below the first LEVELS levels
+    grad_bias,  # out (P N,) or None: the same
+    num_trees,
+    in_features,
+    x_stride,
+    depth,
+    LEVELS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    deep = (1 << depth) - (1 << LEVELS)  # nodes of a tree below its first levels
+    tree = (tl.program_id(0) // deep).to(tl.int64)
+    heap = tl.program_id(0) % deep + (1 << LEVELS)  # heap entry plus 1, whose leading bit tells the level
+    level = LEVELS
+    for deeper in range(LEVELS + 1, depth):
+        level += (heap >= (1 << deeper)).to(tl.int32)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < in_features
+    below = depth - level
+    leaf = (tree << depth) + (heap << below) - (1 << depth)
+    begin = tl.load(offset + leaf)
+    end = tl.load(offset + leaf + (1 << below))
+    weights = tl.zeros((CHOICES, BLOCK_D), tl.float32)
+    biases = tl.zeros((CHOICES,), tl.float32)
+    for start in range(begin, end, CHOICES):
+        place = start + tl.arange(0, CHOICES)
+        live = place < end
+        choice = tl.load(order + place, mask=live, other=0)
+        slope = tl.load(grad_logit + choice * depth + level, mask=live, other=0)
+        biases += slope
+        if grad_weight is not None:
+            rows = x + (choice // num_trees)[:, None] * x_stride + d
+            weights += slope[:, None] * tl.load(rows, mask=live[:, None] & inside, other=0).to(tl.float32)
+    node = tree * ((1 << depth) - 1) + heap - 1
+    if grad_weight is not None:
+        total = tl.sum(weights, 0)
+        tl.store(grad_weight + node * in_features + d, total.to(grad_weight.dtype.element_ty), mask=inside)
+    if grad_bias is not None:
+        if tl.program_id(1) == 0:
+            tl.store(grad_bias + node, tl.sum(biases).to(grad_bias.dtype.element_ty))
+
+
+# What `top_levels` weighs, in bytes that a multiprocessor could have read from the level-2 cache meanwhile. Guesses for
+# a card of the H100's kind: 100 GB/s for each, 0.7 us from a load to the next that needs it, 5 us for a further launch.
+WAIT, LAUNCH = 2**16, 2**19
+
+
+def top_levels(rows: int, in_features: int, depth: int, dtype: torch.dtype) -> int:
+    """How many levels go by matmul: the number with which the rows of a tile cost the fewest bytes and waits.
+
+    Matmul: one wait; the weights of 2^levels - 1 nodes, and each row once. Walk: for each level one wait; each row, and
+    for each the weights of a node. Both: a launch more than either alone. A tile with few rows reads weights that none
+    of them asks for, and a deep tree is then walked from the root. Full tiles take all levels they can: fewer bytes at
+    any width, and backward leaves no node with very many rows to a single program.
+
+    This is reasoning from data sheets. Where one really overtakes the other has not been measured on a GPU.
+    """
+    most, row = min(depth, MAX_LEVELS), in_features * dtype.itemsize
+    if rows >= BLOCK_ROWS:
+        return most
+
+    def cost(levels: int) -> int:
+        matmul = WAIT + (2**levels - 1 + rows) * row if levels else 0
+        walk = (depth - levels) * (WAIT + 2 * rows * row)
+        return matmul + walk + (LAUNCH if 0 < levels < depth else 0)
+
+    return min(range(most + 1), key=cost)
+
+
+def refusal(x: Tensor, node_weight: Tensor) -> str | None:
+    """Why the kernels cannot take a call; None if they can."""
+    dtype = node_weight.dtype
+    if dtype not in DTYPES or x.dtype != dtype:
+        return f"they take rows and weights of one type, float16, bfloat16 or float32, not {x.dtype} and {dtype}"
+    if not isinstance(_walk, triton.JITFunction):
+        # The interpreter computes with the bits of bfloat16 as if they were integers, without a word.
+        return "Triton's interpreter has no bfloat16" if dtype == torch.bfloat16 else None
+    return None if x.is_cuda else f"they run on CUDA, not on {x.device}"
+
+
+def _on(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, whatever that of its arguments."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with numbers of a row side by side; rows may lie anywhere, in views and expanded tensors too."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _given(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _levels(x: Tensor, depth: int, levels: int | None) -> int:
+    return top_levels(*x.shape, depth, x.dtype) if levels is None else levels
+
+
+def _padded_nodes(levels: int) -> int:
+    return max(16, 2**levels)  # `tl.dot` takes 16 columns or more
+
+
+def _block(in_features: int, largest: int) -> int:
+    return min(triton.next_power_of_2(in_features), largest)
+
+
+@torch.library.custom_op("fff::triton_descend", mutates_args=())
+def _descend(
+    x: Tensor,
+    node_weight: Tensor,
+    node_bias: Tensor | None,
+    decision_bias: Tensor | None,
+    flip: Tensor | None,
+    num_trees: int,
+    depth: int,
+    levels: int | None,
+) -> tuple[Tensor, Tensor]:
+    rows, in_features = x.shape
+    index = x.new_empty(rows, num_trees, dtype=torch.int64)
+    logit = x.new_empty(rows, num_trees, 1, depth, dtype=torch.float32)
+    if depth == 0:
+        index.copy_(torch.arange(num_trees, device=x.device))
+    if depth == 0 or rows == 0:
+        return logit, index
+    levels = _levels(x, depth, levels)
+    x = _rows(x)
+    pointers = x, *map(_given, (node_weight, node_bias, decision_bias, flip)), index, logit
+    sizes = num_trees, in_features, x.stride(0), depth
+    with _on(x):
+        if levels:
+            full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+            _top[triton.cdiv(rows, BLOCK_ROWS), num_trees](
+                *pointers,
+                rows,
+                *sizes,
+                LEVELS=levels,
+                NODES=_padded_nodes(levels),
+                ROWS=BLOCK_ROWS,
+                BLOCK_D=128 // x.dtype.itemsize,
+                PRECISION="ieee" if full else "tf32",
+                num_warps=4,
+                num_stages=3,
+            )
+        if levels < depth:
+            choices = 4  # one for each warp
+            _walk[(triton.cdiv(index.numel(), choices),)](
+                *pointers,
+                index.numel(),
+                *sizes,
+                LEVELS=levels,
+                CHOICES=choices,
+                BLOCK_D=_block(in_features, 512),
+                num_warps=4,
+            )
+    return logit, index
+
+
+@_descend.register_fake
+def _(x, node_weight, node_bias, decision_bias, flip, num_trees, depth, levels):
+    logit = x.new_empty(x.shape[0], num_trees, 1, depth, dtype=torch.float32)
+    return logit, x.new_empty(x.shape[0], num_trees, dtype=torch.int64)
+
+
+@torch.library.custom_op("fff::triton_descend_backward", mutates_args=())
+def _descend_backward(
+    grad_logit: Tensor,
+    x: Tensor,
+    node_weight: Tensor,
+    index: Tensor,
+    num_trees: int,
+    depth: int,
+    levels: int | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, in_features = x.shape
+    grad_x = x.new_empty(x.shape if need_x else 0)
+    grad_weight = x.new_empty(node_weight.shape if need_weight else 0)
+    grad_bias = x.new_empty(node_weight.shape[0] if need_bias else 0)
+    if depth == 0 or rows == 0:
+        return grad_x.zero_(), grad_weight.zero_(), grad_bias.zero_()
+    levels = _levels(x, depth, levels)
+    x, grad_logit, index = _rows(x), grad_logit.contiguous(), index.contiguous()
+    with _on(x), without_autocast(x):
+        if need_x:
+            choices, block = 16, _block(in_features, 128)
+            _row_gradient[triton.cdiv(rows, choices), triton.cdiv(in_features, block)](
+                grad_logit,
+                index,
+                node_weight.contiguous(),
+                grad_x,
+                rows,
+                num_trees,
+                in_features,
+                depth,
+                ROWS=choices,
+                BLOCK_D=block,
+                num_warps=4,
+            )
+        if levels and (need_weight or need_bias):
+            choices, known = 16, 2**levels - 1
+            spread = x.new_empty(rows, num_trees, known + 1)
+            _spread[(triton.cdiv(index.numel(), choices),)](
+                grad_logit,
+                index,
+                spread,
+                index.numel(),
+                depth,
+                LEVELS=levels,
+                CHOICES=choices,
+                num_warps=4,
+            )
+            if need_weight:
+                found = (spread.flatten(1).T @ x).view(num_trees, known + 1, in_features)
+                grad_weight.view(num_trees, -1, in_features)[:, :known] = found[:, :known]
+            if need_bias:
+                grad_bias.view(num_trees, -1)[:, :known] = spread.sum(0, dtype=torch.float32)[:, :known]
+        if levels < depth and (need_weight or need_bias):
+            order, offset = expert_order(index.flatten(), num_trees * 2**depth)
+            choices, block = 16, _block(in_features, 128)
+            blocks = triton.cdiv(in_features, block) if need_weight else 1
+            _node_gradient[num_trees * (2**depth - 2**levels), blocks](
+                x,
+                grad_logit,
+                order,
+                offset,
+                grad_weight if need_weight else None,
+                grad_bias if need_bias else None,
+                num_trees,
+                in_features,
+                x.stride(0),
+                depth,
+                LEVELS=levels,
+                CHOICES=choices,
+                BLOCK_D=block,
+                num_warps=4,
+            )
+    return grad_x, grad_weight, grad_bias
+
+
+@_descend_backward.register_fake
+def _(grad_logit, x, node_weight, index, num_trees, depth, levels, need_x, need_weight, need_bias):
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(node_weight.shape if need_weight else 0),
+        x.new_empty(node_weight.shape[0] if need_bias else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, node_weight, _, _, _, *ctx.call = inputs
+    ctx.save_for_backward(x, node_weight, output[1])
+
+
+def _backward(ctx, grad_logit, _):
+    need = ctx.needs_input_grad[:3]
+    found = _descend_backward(grad_logit, *ctx.saved_tensors, *ctx.call, *need)
+    return *(gradient if needed else None for gradient, needed in zip(found, need, strict=True)), *[None] * 5
+
+
+_descend.register_autograd(_backward, setup_context=_setup_context)
+
+
+def descend(
+    x: Float[Tensor, "T D"],
+    node_weight: Float[Tensor, "N D"],
+    node_bias: Float[Tensor, " N"] | None,
+    decision_bias: Float[Tensor, " N"] | None,
+    num_trees: int,
+    depth: int,
+    flip: Bool[Tensor, "T P d"] | None = None,
+    *,
+    levels: int | None = None,
+) -> tuple[Int[Tensor, "T P"], Float[Tensor, "T P 1 d"]]:
+    """Greedy descent (`fff.ops.tree_route.greedy_leaf`): leaf of each row in each tree, counted over all trees, and the
+    logits on the way, in float32, without the decision bias, differentiable by x, node_weight and node_bias.
+
+    node_weight, node_bias, decision_bias: heap order, tree by tree; N here counts the nodes of all trees.
+    flip: at which levels a row takes the other child.
+    levels: how many are decided by matmul, at most 7; `top_levels` by default.
+    """
+    reason = refusal(x, node_weight)
+    if reason is not None:
+        raise ValueError(f"the Triton kernels cannot take this call: {reason}")
+    if not 0 <= depth <= MAX_DEPTH:
+        raise ValueError(f"depth={depth} must lie between 0 and {MAX_DEPTH}")
+    if levels is not None and not 0 <= levels <= min(depth, MAX_LEVELS):
+        raise ValueError(f"levels={levels} must lie between 0 and {min(depth, MAX_LEVELS)}")
+    logit, index = _descend(x, node_weight, node_bias, decision_bias, flip, num_trees, depth, levels)
+    return index, logit

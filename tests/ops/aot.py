@@ -1,0 +1,107 @@
+"""Compile the Triton kernels of a module for absent GPUs: `python tests/ops/aot.py MODULE [CAPABILITY ...]`.
+
+The module's own host code launches them, on tensors of a CPU, so that what is compiled is what a GPU would be asked to
+run. A driver that only names a GPU takes the launches, which end after compilation. Not under TRITON_INTERPRET.
+
+Prints what each kernel needs, and fails if one needs more shared memory than a program can have.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one program, by compute capability
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class NoGPU:
+    """What a launch asks of Triton's driver."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # keeps the kernels of different targets apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def descents() -> Iterator[None]:
+    """Every kernel of `fff.ops.tree_route.triton`, in all types and with and without what may be left out."""
+
+    def descend(dtype, rows, in_features, depth, num_trees, levels, *, all_inputs=True):
+        nodes = num_trees * (2**depth - 1)
+        x, weight = torch.zeros(rows, in_features, dtype=dtype), torch.zeros(nodes, in_features, dtype=dtype)
+        bias = torch.zeros(nodes, dtype=dtype) if all_inputs else None
+        decision_bias = torch.zeros(nodes) if all_inputs else None
+        flip = torch.zeros(rows, num_trees, depth, dtype=torch.bool) if all_inputs else None
+        call = num_trees, depth, levels
+        logit, _ = torch.ops.fff.triton_descend(x, weight, bias, decision_bias, flip, *call)
+        index = torch.zeros(rows, num_trees, dtype=torch.int64)
+        torch.ops.fff.triton_descend_backward(logit, x, weight, index, *call, True, True, all_inputs)
+
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        yield descend(dtype, 100, 768, 9, 2, 7)
+    torch.set_float32_matmul_precision("high")
+    yield descend(torch.float32, 100, 768, 7, 2, 7)
+    torch.set_float32_matmul_precision("highest")
+    yield descend(torch.float16, 7, 97, 3, 1, 2, all_inputs=False)  # odd sizes, which no load can rely on
+    yield descend(torch.float16, 1, 1, 1, 1, 0)  # integers that are 1 become constants
+
+
+LAUNCHES = {"fff.ops.tree_route.triton": descents}
+
+
+def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", listing)}
+    return {"shared": kernel.metadata.shared, "registers": usage["REG"], "stack": usage["STACK"]}
+
+
+def main(module: str, *capabilities: str) -> int:
+    functions = {name: f for name, f in vars(importlib.import_module(module)).items() if isinstance(f, JITFunction)}
+    compiled = {}
+    run = JITFunction.run
+
+    def compile_alone(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled[kernel.hash] = kernel
+
+    JITFunction.run = compile_alone
+    failures = 0
+    for capability in map(int, capabilities or SHARED_BYTES):
+        driver.set_active(NoGPU(capability))
+        compiled.clear()
+        for _ in LAUNCHES[module]():
+            pass
+        for kernel in compiled.values():
+            needs = resources(kernel)
+            fits = needs["shared"] <= SHARED_BYTES[capability]
+            failures += not fits
+            print(f"sm_{capability} {kernel.name}", needs, "" if fits else "TOO MUCH SHARED MEMORY")
+    left_out = [name for name, function in functions.items() if function.hash is None]  # has one once it was compiled
+    print("never launched:", *left_out or ["none"])
+    return failures + len(left_out)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
