@@ -38,6 +38,7 @@ from fff.ops.tree_route import (
     path_log_probability,
     path_logits,
     path_to,
+    triton_descent,
     turned_decision,
 )
 
@@ -318,7 +319,9 @@ class FFF(RoutedLayer):
         # A backend for chosen leaves cannot run the soft mixture; that one is "dense" then.
         wanted = "auto" if soft and self.backend in HARD_BACKENDS else self.backend
         index = None if soft else routing.index
-        call = rows, index, routing.gate, self.w_in, self.b_in, self.w_out, self.b_out
+        # Logits may have been summed in a wider type.
+        gate = None if routing.gate is None else routing.gate.to(self.w_in.dtype)
+        call = rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out
         drop = self.drop if self.training else 0.0
         backend = choose_backend(wanted, *call, activation=self.act, dropout=drop)
         return self._compute(*call, backend=backend), self._record(routing, backend)
@@ -334,16 +337,15 @@ class FFF(RoutedLayer):
         if leak:
             self._check_region_leak()
         self._check_runner_up()
-        if not soft and not leak and self._descends_natively(x):
-            nodes = self.node_weight, self.node_bias, self.decision_bias
-            index, visited = cpu.descend(x, *nodes, self.num_trees, self.depth)
-            return self._hard_routing(index, (index % 2**self.depth).unsqueeze(-1), visited)
-        nodes = self._nodes()
-        raw = dense_logits(x, nodes, self.depth if soft else min(self.depth, DENSE_LEVELS))
-        top = raw if self.temperature == 1 else raw / self.temperature
         flip = None
         if leak and not soft:
             flip = torch.rand(x.shape[0], self.num_trees, self.depth, device=x.device) < leak
+        descend = None if soft else self._descent(x, flip)
+        if descend is not None:
+            return self._descended(x, descend, flip)
+        nodes = self._nodes()
+        raw = dense_logits(x, nodes, self.depth if soft else min(self.depth, DENSE_LEVELS))
+        top = raw if self.temperature == 1 else raw / self.temperature
         # When soft, the leak swaps probabilities; the route that is counted stays that of the logits.
         leaf = self._leaves(x, nodes, raw, flip)
         index = self._expert_index(leaf)
@@ -367,17 +369,28 @@ class FFF(RoutedLayer):
     def _compares(self) -> bool:
         return self.runner_up and self.training and self.depth > 0
 
-    def _descends_natively(self, x: Tensor) -> bool:
-        """Whether the native descent does all that is asked for: one leaf per tree, and nodes on its way alone."""
-        if (
-            self._compares()
-            or self.trace_nodes
-            or self.node_balance_weight
-            or not self.beam_width == self.node_width == 1
-        ):
-            return False
-        wanted = self.backend in ("auto", "native") and self.node_weight.dtype == torch.float32 and not exporting()
-        return wanted and cpu.refusal("identity", x, None, self.node_weight, self.node_bias) is None
+    def _descent(self, x: Tensor, flip: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """The kernel that walks down at once, where one does all that is asked for: one leaf per tree, and nodes on its
+        way alone."""
+        one_leaf = self.beam_width == self.node_width == 1
+        if not one_leaf or self.trace_nodes or self.node_balance_weight or exporting():
+            return None
+        if self.backend == "triton" or self.backend == "auto" and x.is_cuda:
+            return triton_descent(x, self.node_weight)
+        if self.backend not in ("auto", "native") or self._compares() or flip is not None:
+            return None
+        takes = self.node_weight.dtype == torch.float32
+        takes = takes and cpu.refusal("identity", x, None, self.node_weight, self.node_bias) is None
+        return cpu.descend if takes else None
+
+    def _descended(self, x: Tensor, descend: Callable[..., tuple[Tensor, Tensor]], flip: Tensor | None) -> _Routing:
+        call = x, self.node_weight, self.node_bias, self.decision_bias, self.num_trees, self.depth
+        index, visited = descend(*call) if flip is None else descend(*call, flip)
+        index = index.unsqueeze(-1)
+        if self._compares():
+            other, logit = descend(*call, turned_decision(visited.detach().squeeze(2) / self.temperature))
+            index, visited = torch.cat([index, other.unsqueeze(-1)], dim=2), torch.cat([visited, logit], dim=2)
+        return self._hard_routing(index.flatten(1), index % 2**self.depth, visited, flip=flip)
 
     def _weighs_paths(self) -> bool:
         """Hard evaluation with one leaf per tree needs no probability of the path."""
