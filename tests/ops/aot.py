@@ -64,7 +64,33 @@ def descents() -> Iterator[None]:
     yield descend(torch.float16, 1, 1, 1, 1, 0)  # integers that are 1 become constants
 
 
-LAUNCHES = {"fff.ops.tree_route.triton": descents}
+def dispatches() -> Iterator[None]:
+    """Every kernel of `fff.ops.expert_mlp.triton`, in all types, for narrow experts and for the widest."""
+
+    def dispatch(dtype, rows, width, choices, activation, glu, *, all_inputs=True, keep=True):
+        experts, in_features, out_features = 4, 768, 512
+        x, index = torch.zeros(rows, in_features, dtype=dtype), torch.zeros(rows, choices, dtype=torch.int64)
+        gate, b_in, b_out = (
+            torch.zeros(shape, dtype=dtype) if all_inputs else None
+            for shape in ((rows, choices), (experts, width * (1 + glu)), (experts, out_features))
+        )
+        w_in = torch.zeros(experts, width * (1 + glu), in_features, dtype=dtype)
+        weights = w_in, b_in, torch.zeros(experts, width, out_features, dtype=dtype), b_out
+        y, *kept = torch.ops.fff.triton_expert_mlp(x, index, gate, *weights, activation, glu, keep)
+        need = [True, all_inputs, True, all_inputs, True, all_inputs]
+        torch.ops.fff.triton_expert_mlp_backward(y, x, index, gate, *weights, *kept, activation, glu, need)
+        torch.ops.fff.triton_expert_mlp_single(x, index, gate, *weights, activation, glu)
+
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        yield dispatch(dtype, 1000, 32, 2, "gelu", True)
+        yield dispatch(dtype, 1000, 256, 1, "relu", False)
+    yield dispatch(torch.float16, 7, 3, 1, "silu", False, all_inputs=False, keep=False)
+    torch.set_float32_matmul_precision("high")
+    yield dispatch(torch.float32, 1000, 32, 1, "relu2", True)
+    torch.set_float32_matmul_precision("highest")
+
+
+LAUNCHES = {"fff.ops.tree_route.triton": descents, "fff.ops.expert_mlp.triton": dispatches}
 
 
 def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:

@@ -25,7 +25,7 @@ def run(*arguments):
 
 def test_signatures_hold_in_all_tests_of_the_ops():
     files = [file for file in sorted(HERE.glob("test_*.py")) if file.name != Path(__file__).name]
-    done = run(*files, "-k", "not gradcheck and not custom_operators and not compiles and not bad")
+    done = run(*files, "-k", "not gradcheck and not custom_operators and not compile and not bad")
     assert done.returncode == 0, done.stdout[-3000:]
 
 

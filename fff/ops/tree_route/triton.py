@@ -38,7 +38,6 @@ Limits
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fff.ops.context import without_autocast
+from fff.ops.context import on_device, without_autocast
 from fff.ops.expert_order import expert_order
 
 if TYPE_CHECKING:
@@ -301,11 +300,6 @@ def refusal(x: Tensor, node_weight: Tensor) -> str | None:
     return None if x.is_cuda else f"they run on CUDA, not on {x.device}"
 
 
-def _on(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, whatever that of its arguments."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _rows(x: Tensor) -> Tensor:
     """x with numbers of a row side by side; rows may lie anywhere, in views and expanded tensors too."""
     return x if x.stride(1) == 1 else x.contiguous()
@@ -320,7 +314,7 @@ def _levels(x: Tensor, depth: int, levels: int | None) -> int:
 
 
 def _padded_nodes(levels: int) -> int:
-    return max(16, 2**levels)  # `tl.dot` takes 16 columns or more
+    return max(16, 2**levels)  # `tl.dot` takes no fewer columns
 
 
 def _block(in_features: int, largest: int) -> int:
@@ -349,7 +343,7 @@ def _descend(
     x = _rows(x)
     pointers = x, *map(_given, (node_weight, node_bias, decision_bias, flip)), index, logit
     sizes = num_trees, in_features, x.stride(0), depth
-    with _on(x):
+    with on_device(x):
         if levels:
             full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
             _top[triton.cdiv(rows, BLOCK_ROWS), num_trees](
@@ -405,7 +399,7 @@ def _descend_backward(
         return grad_x.zero_(), grad_weight.zero_(), grad_bias.zero_()
     levels = _levels(x, depth, levels)
     x, grad_logit, index = _rows(x), grad_logit.contiguous(), index.contiguous()
-    with _on(x), without_autocast(x):
+    with on_device(x), without_autocast(x):
         if need_x:
             choices, block = 16, _block(in_features, 128)
             _row_gradient[triton.cdiv(rows, choices), triton.cdiv(in_features, block)](
