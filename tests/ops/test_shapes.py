@@ -24,7 +24,8 @@ def run(*arguments):
 
 
 def test_signatures_hold_in_all_tests_of_the_ops():
-    files = [file for file in sorted(HERE.glob("test_*.py")) if file.name != Path(__file__).name]
+    # The hook must stay out of the way of Triton kernels, and their tests are slow.
+    files = [f for f in sorted(HERE.glob("test_*.py")) if f.name != Path(__file__).name and "triton" not in f.name]
     done = run(*files, "-k", "not gradcheck and not custom_operators and not compile and not bad")
     assert done.returncode == 0, done.stdout[-3000:]
 

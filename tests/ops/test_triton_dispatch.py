@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fff import FFF, MoE, aux_loss
 from fff.ops.activation import ACTIVATIONS
@@ -253,6 +254,9 @@ def test_there_is_no_second_derivative():
         {"depth": 3, "mode": "gated", "num_trees": 2, "glu": True, "act_layer": "silu"},
         {"depth": 3, "mode": "straight_through", "runner_up": True, "bias": False},
         {"depth": 0, "mode": "straight_through"},
+        {"depth": 9, "mode": "straight_through", "temperature": 0.5, "hardening_weight": 1.0},  # deeper than a matmul
+        {"depth": 4, "mode": "straight_through", "region_leak": 0.5, "balance_weight": 0.1},
+        {"depth": 4, "mode": "straight_through", "bias_update_rate": 0.5},
     ],
     ids=lambda o: "_".join(f"{k}{v}" for k, v in o.items()),
 )
@@ -265,8 +269,12 @@ def test_a_tree_trains_and_evaluates_as_its_reference(options, monkeypatch):
     layer = FFF(33, 5, 7, **options, backend="triton").to(DEVICE)
     plain = FFF(33, 5, 7, **options, backend="reference").to(DEVICE).double()
     plain.load_state_dict(layer.state_dict())
+    if layer.decision_bias is not None:  # decides only: no gradient, and other routes
+        for each in (layer, plain):
+            each.decision_bias.copy_(torch.linspace(-1, 1, len(layer.decision_bias)))
     x, grad_y, found = torch.randn(60, 33, device=DEVICE), torch.randn(60, 7, device=DEVICE), []
     for each, dtype in ((layer, torch.float32), (plain, torch.float64)):
+        torch.manual_seed(0)  # of the leak
         rows = x.to(dtype, copy=True).requires_grad_()
         y = each(rows)
         ((y * grad_y).sum() + 10 * aux_loss(each)).backward()
@@ -274,6 +282,8 @@ def test_a_tree_trains_and_evaluates_as_its_reference(options, monkeypatch):
             {"x": rows.grad, "y": y.detach()} | {n: p.grad for n, p in each.named_parameters() if p.requires_grad}
         )
     assert layer.record.backend == "triton" and torch.equal(layer.record.index, plain.record.index)
+    assert layer.record.tree.top is None  # a kernel walked down
+    assert torch.equal(layer.record.load, plain.record.load)
     assert_same(*found, 2e-5)
     layer.eval(), plain.eval()
     with torch.no_grad():
@@ -294,6 +304,28 @@ def test_a_mixture_trains_as_its_reference(router, top_k):
         found.append({name: parameter.grad for name, parameter in each.named_parameters()})
     assert layer.record.backend == "triton"
     assert_same(*found, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "layer, options",
+    [
+        (FFF, {"depth": 4, "mode": "straight_through", "balance_weight": 0.1, "hardening_weight": 0.1}),
+        (FFF, {"depth": 9, "mode": "straight_through", "balance_weight": 0.1, "runner_up": True}),
+        (FFF, {"depth": 4, "mode": "gated", "balance_weight": 0.1, "num_trees": 2, "region_leak": 0.1}),
+        (MoE, {"num_experts": 16, "router": "switch", "top_k": 1, "balance_weight": 0.01, "capacity_factor": 1.0}),
+        (MoE, {"num_experts": 16, "router": "mixtral", "top_k": 2, "balance_weight": 0.01, "z_weight": 0.01}),
+        (MoE, {"num_experts": 16, "router": "noisy_top_k", "top_k": 2, "load_weight": 0.1, "importance_weight": 0.1}),
+    ],
+)
+def test_a_training_step_asks_for_no_number(layer, options):
+    """Tensors without numbers refuse whatever the host would have to wait for."""
+    with FakeTensorMode():
+        module = layer(32, 8, **options, backend="triton")
+        x = torch.randn(64, 32, requires_grad=True)
+        (module(x).sum() + aux_loss(module)).backward()
+        assert module.record.backend == "triton" and module.w_in.grad.shape == module.w_in.shape
+        with torch.no_grad():
+            assert module.eval()(x).shape == x.shape
 
 
 def test_auto_takes_it_on_a_gpu_alone():
