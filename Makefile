@@ -5,6 +5,7 @@
 
 VENV ?= .venv
 TORCH ?=
+EXTRAS ?=
 # Shims of version managers may exist and yet not run, hence a call rather than a search in PATH.
 PY ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
   $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -28,6 +29,8 @@ help:
 	@echo "  TORCH=torch==2.13.0   torch to install, as arguments of pip install; default: the torch that $(VENV) or PY has,"
 	@echo "                        else the CPU build of $(torch_lock)"
 	@echo "  VENV=.venv            where to install"
+	@echo "  EXTRAS=interpret      what 'make test' installs besides: Triton, 700 MB, whose interpreter and compiler then test"
+	@echo "                        the GPU kernels without a GPU"
 
 $(python):
 	@test -n "$(PY)" || { echo "no Python >= 3.11 with venv found; name one: make PY=/path/to/python" >&2; exit 1; }
@@ -52,8 +55,9 @@ $(VENV)/.train: pyproject.toml $(VENV)/constraints.txt
 	$(pip) -c $(VENV)/constraints.txt -e '.[train,sweep]'
 	@touch $@
 
+comma := ,
 $(VENV)/.dev: pyproject.toml $(VENV)/constraints.txt
-	$(pip) -c $(VENV)/constraints.txt -e '.[dev]'
+	$(pip) -c $(VENV)/constraints.txt -e '.[dev$(EXTRAS:%=$(comma)%)]'
 	@touch $@ $(VENV)/.train
 
 install: $(VENV)/.train

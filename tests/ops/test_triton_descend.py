@@ -4,11 +4,6 @@ Without a GPU the kernels run in Triton's interpreter, which shows what they com
 is what the compilation ahead of time is for.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,7 +12,6 @@ from fff.ops.tree_route import Nodes, dense_logits, greedy_leaf, path_logits, pa
 pytest.importorskip("triton")
 from fff.ops.tree_route.triton import BLOCK_ROWS, descend, top_levels  # noqa: E402
 
-HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter takes the bits of bfloat16 for integers.
 BFLOAT16 = pytest.param(
@@ -284,13 +278,3 @@ def test_levels_by_matmul(in_features, dtype):
         assert all(0 <= levels(rows, depth) <= min(depth, 7) for rows in range(BLOCK_ROWS))
         assert levels(BLOCK_ROWS, depth) == levels(10**6, depth) == min(depth, 7)
     assert levels(1, 15) == 0  # one row, whose two launches would cost more than all its waits
-
-
-@pytest.mark.slow
-def test_kernels_compile_ahead_of_time():
-    """For GPUs of three generations, with shared memory to spare."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, HERE / "aot.py", "fff.ops.tree_route.triton"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,11 +4,6 @@ Without a GPU the kernels run in Triton's interpreter, which shows what they com
 is what the compilation ahead of time is for.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +18,6 @@ from fff.ops.expert_order import expert_order  # noqa: E402
 from fff.ops.expert_order import triton as order_kernels  # noqa: E402
 from fff.ops.expert_order.triton import max_tiles, tiled_order  # noqa: E402
 
-HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter takes the bits of bfloat16 for integers.
 BFLOAT16 = pytest.param(
@@ -352,14 +346,3 @@ def test_what_it_does_not_take_is_named(change, named):
     x, *rest = call.values()
     with pytest.raises(ValueError, match=f"backend='triton' cannot take this call: .*{named}"):
         expert_mlp(x, index, *rest, backend="triton", **change)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_compile_ahead_of_time(capability):
-    """For GPUs of three generations, with shared memory to spare."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, HERE / "aot.py", "fff.ops.expert_mlp.triton", str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
