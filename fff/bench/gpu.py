@@ -118,8 +118,9 @@ def dispatch(
 
     def given(compute: Callable[[Tensor], Tensor]) -> Make:
         def make(rows: Tensor) -> Peer:
-            expected = partial(_on_routes, rows, index, None, *experts)
-            return Peer(nn.Module(), lambda: {"y": compute(rows)}, lambda: {"y": expected()}, work)
+            return Peer(
+                nn.Module(), lambda: {"y": compute(rows)}, lambda: {"y": _on_routes(rows, index, None, *experts)}, work
+            )
 
         return make
 
@@ -204,7 +205,7 @@ def tree_training(
     x = torch.randn(batch, in_features, dtype=kind, requires_grad=True)
     grad = torch.randn(batch, out_features, dtype=kind)
     sizes = in_features, leaf_width, out_features
-    fff = FFF(*sizes, depth=depth, mode="straight_through", act_layer="gelu", balance_weight=BALANCE).to(kind)
+    initial = FFF(*sizes, depth=depth).to(kind)
 
     def step(build: Callable[[], nn.Module], expected: Callable | None = None) -> Make:
         def make(rows: Tensor) -> Peer:
@@ -217,8 +218,9 @@ def tree_training(
 
     def tree(backend: str) -> Callable[[], FFF]:
         def build() -> FFF:
-            layer = FFF(*sizes, depth=depth, mode=fff.mode, act_layer="gelu", balance_weight=BALANCE, backend=backend)
-            layer.load_state_dict(fff.state_dict())
+            options = {"mode": "straight_through", "act_layer": "gelu", "balance_weight": BALANCE, "backend": backend}
+            layer = FFF(*sizes, depth=depth, **options)
+            layer.load_state_dict(initial.state_dict())
             return layer
 
         return build
@@ -237,7 +239,7 @@ def tree_training(
     }
     for k in (1, 2):
         build = partial(GroupedMmExperts, *sizes, num_experts=2**depth, top_k=k)
-        takes = takes_grouped_mm(fff.w_out, in_features)
+        takes = takes_grouped_mm(initial.w_out, in_features)
         known[f"grouped_mm_top_{k}"] = step(build, _moe_gradients) if takes else lambda rows: None
     if block:
         known = {name: partial(_in_block, make) for name, make in known.items()}
@@ -328,7 +330,8 @@ def captured(run: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Ten
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the same stream: nodes of the autograd graph that a record keeps from the calls above belong to it.
+    with torch.cuda.graph(graph, stream=stream):
         results = run()
 
     def replay() -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The cases of a GPU on a CPU, at toy sizes, with the kernels in Triton's interpreter; and what they may cost."""
+"""The cases of a GPU at toy sizes, without one by Triton's interpreter; and what they may cost."""
 
 from pathlib import Path
 
@@ -19,7 +19,10 @@ if not (INTERPRETED or torch.cuda.is_available()):
 
 CONFIGS = Path(__file__).resolve().parents[2] / "conf" / "bench"
 SUITES = "inference", "training"
-SIZES = {"in_features": 24, "out_features": 24, "leaf_width": 8, "depth": 2, "num_experts": 4, "batch": 9}
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", "bfloat16") if GPU else ("cpu", "float32")  # the interpreter has no bfloat16, and is slow
+SIZES = {"depth": 3, "num_experts": 8, "leaf_width": 16, "batch": 257} if GPU else {"depth": 2, "batch": 9}
+SIZES = {"in_features": 64, "out_features": 64, "leaf_width": 8, "num_experts": 4} | SIZES
 QUICK = {"rounds": 1, "min_sample_s": 0.0}
 DESCENDS = (Path(gpu.__file__).parents[1] / "ops" / "tree_route" / "triton.py").exists()
 
@@ -46,11 +49,12 @@ def cases(suite):
 
 
 def toy(case, **fields):
-    """The candidates of a configured case, small and in float32: the interpreter has no bfloat16."""
+    """The candidates of a configured case, small."""
     arguments = {key: value for key, value in case["build"].items() if not key.startswith("_")}
-    arguments |= {key: size for key, size in SIZES.items() if key in arguments} | {"dtype": "float32"} | fields
+    arguments |= {key: size for key, size in SIZES.items() if key in arguments} | {"dtype": DTYPE} | fields
     torch.manual_seed(0)
-    return getattr(gpu, case["build"]["_target_"].rpartition(".")[2])(**arguments)
+    with torch.device(DEVICE):
+        return getattr(gpu, case["build"]["_target_"].rpartition(".")[2])(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +62,14 @@ def toy(case, **fields):
 )
 def test_configured_peers_compute_what_they_are_compared_with(suite, name):
     case = config(suite)[name]
-    left_out = set() if torch.cuda.is_available() else {p for p in case["build"]["peers"] if p.endswith("_graph")}
+    left_out = set() if GPU else {p for p in case["build"]["peers"] if p.endswith("_graph")}
     if not DESCENDS:
-        case["build"]["peers"] = [p for p in case["build"]["peers"] if p != "descend"]
+        case["build"]["peers"] = [p for p in case["build"]["peers"] if p not in ("descend", "descend_graph")]
     candidates = toy(case)
     if not hasattr(torch.nn.functional, "grouped_mm"):
         left_out |= {p for p in case["build"]["peers"] if p.startswith("grouped_mm")}
     assert set(candidates) == set(case["build"]["peers"]) - left_out
-    found = run_case(candidates, **QUICK)
+    found = run_case(candidates, **QUICK, device=DEVICE)
     for peer, row in found["rows"].items():
         assert row["agrees"] is (None if peer.startswith(("dense", "gate")) else True), (peer, row)
         assert row["median_s"] > 0
@@ -93,7 +97,7 @@ def test_an_output_that_is_off_is_refused(make, peer, parameter, monkeypatch):
     monkeypatch.setattr(tree, "expert_mlp", compute)
     monkeypatch.setattr(moe, "expert_mlp", compute)
     case = next(config(suite)[make] for suite in SUITES if make in config(suite))
-    row = run_case(toy(case, peers=[peer]), **QUICK)["rows"][peer]
+    row = run_case(toy(case, peers=[peer]), **QUICK, device=DEVICE)["rows"][peer]
     assert forgotten and row["agrees"] is False and "median_s" not in row
 
 
@@ -137,7 +141,7 @@ def test_a_graph_must_compute_anew_what_it_is_compared_on(make, works, monkeypat
     monkeypatch.setattr(gpu, "_candidate", lambda make, x, graph: real(make, x, True))
     case = next(config(suite)[make] for suite in SUITES if make in config(suite))
     peer = {"routing": "descend_pytorch"}.get(make, "fff_grouped")
-    row = run_case(toy(case, peers=[peer]), **QUICK)["rows"][peer]
+    row = run_case(toy(case, peers=[peer]), **QUICK, device=DEVICE)["rows"][peer]
     assert row["agrees"] is works and ("median_s" in row) is works
 
 
