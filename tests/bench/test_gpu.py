@@ -27,6 +27,9 @@ QUICK = {"rounds": 1, "min_sample_s": 0.0}
 DESCENDS = (Path(gpu.__file__).parents[1] / "ops" / "tree_route" / "triton.py").exists()
 
 
+NAMES = "layer", "dispatch", "routing", "step", "block"
+
+
 @pytest.fixture(autouse=True)
 def quick_floor(monkeypatch):
     monkeypatch.setattr(floor, "_best", lambda call, device: 1e-3)
@@ -57,9 +60,8 @@ def toy(case, **fields):
         return getattr(gpu, case["build"]["_target_"].rpartition(".")[2])(**arguments)
 
 
-@pytest.mark.parametrize(
-    "suite, name", [(s, n) for s in SUITES for n, c in config(s).items() if c.get("device") == "cuda"]
-)
+# Those that differ from another one by its grid alone are small versions of the same.
+@pytest.mark.parametrize("suite, name", [(s, n) for s in SUITES for n in config(s) if n in NAMES])
 def test_configured_peers_compute_what_they_are_compared_with(suite, name):
     case = config(suite)[name]
     left_out = set() if GPU else {p for p in case["build"]["peers"] if p.endswith("_graph")}
@@ -209,6 +211,9 @@ def test_command_chooses_the_cases_of_the_device(suite, monkeypatch):
         monkeypatch.setattr("sys.argv", ["bench", f"suite={suite}", f"device={device}"])
         bench.main()
     chosen = [set(bench.expand(config(suite), cfg.device)) for cfg in seen]
+    built = [case["build"] for name, case in config(suite).items() if name in NAMES]
+    others = [case["build"] for name, case in config(suite).items() if case["device"] == "cuda" and name not in NAMES]
+    assert all(any({**build, "peers": other["peers"]} == other for build in built) for other in others)
     assert [cfg.device for cfg in seen] == ["cpu", "cuda"] and not chosen[0] & chosen[1]
     assert all(point["build"]["_target_"].startswith("fff.bench.gpu.") for point in cases(suite).values())
     assert {point["build"].get("dtype", "bfloat16") for point in cases(suite).values()} == {"bfloat16"}
