@@ -50,13 +50,15 @@ class Bench:
     out: str
 
 
-def expand(cases: dict[str, dict]) -> dict[str, dict]:
+def expand(cases: dict[str, dict], device: str = "cpu") -> dict[str, dict]:
     """Cases without `grid`: one with a grid becomes one per point, the axes being arguments of its builder; a target
-    with `when` stays at the points that it names."""
+    with `when` stays at the points that it names. A case with another `device` is left out."""
     found = {}
     for name, case in cases.items():
-        if unknown := set(case) - {"build", "grid", "targets"}:
-            raise ConfigError(f"suite.cases.{name}: unknown key {min(unknown)!r}; known: build, grid, targets")
+        if unknown := set(case) - {"build", "grid", "targets", "device"}:
+            raise ConfigError(f"suite.cases.{name}: unknown key {min(unknown)!r}; known: build, grid, targets, device")
+        if case.get("device", device) != device:
+            continue
         axes = case.get("grid") or {}
         if missing := set(axes) - set(case["build"]):
             raise ConfigError(f"suite.cases.{name}.grid: {min(missing)!r} is no argument of the case's build")
@@ -79,8 +81,8 @@ def run(cfg: DictConfig) -> bool:
     # Read when torch is imported: keeps the profiler's start and stop messages off the screen.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     commit = provenance.git_commit()
-    name = cfg.suite.name
-    points = expand(OmegaConf.to_container(cfg.suite, resolve=True)["cases"])
+    name = cfg.suite.name if cfg.device == "cpu" else f"{cfg.suite.name}_{cfg.device}"
+    points = expand(OmegaConf.to_container(cfg.suite, resolve=True)["cases"], cfg.device)
     import torch
 
     from fff.bench.suite import agrees, markdown, run_suite, table_rows
@@ -111,7 +113,8 @@ def run(cfg: DictConfig) -> bool:
         rows, ratios = table_rows(name, cases, sizes)
         _write(out / f"{name}.csv", _ROW, rows, source)
         _write(out / f"{name}.ratios.csv", _RATIO, ratios, source)
-    print(f"{hardware['cpu']}, {cfg.threads} thread(s), torch {versions['torch']}; rows: {out / name}.csv\n")
+    machine = hardware["gpu"] if cfg.device == "cuda" else f"{hardware['cpu']}, {cfg.threads} thread(s)"
+    print(f"{machine}, torch {versions['torch']}; rows: {out / name}.csv\n")
     print(markdown(cases))
     return agrees(cases)
 
@@ -133,7 +136,7 @@ def job(cfg: DictConfig) -> None:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
         check(plain, Bench)
-        expand(plain["suite"]["cases"])
+        expand(plain["suite"]["cases"], plain["device"])
         agreed = run(cfg)
     except ConfigError as error:
         # Hydra would put a line of its own before an error that leaves here.

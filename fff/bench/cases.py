@@ -39,6 +39,7 @@ class Candidate(NamedTuple):
     dtype: of rows and weights.
     counted: whether memory and operations are counted, which takes calls of their own.
     backend: of `expert_mlp`; None: the one that the record of `module` names, if it has one.
+    tolerance: largest share by which outputs may differ; None: that of the dtype, `fff.bench.suite.TOLERANCE`.
     """
 
     module: nn.Module
@@ -51,6 +52,7 @@ class Candidate(NamedTuple):
     dtype: torch.dtype = torch.float32
     counted: bool = True
     backend: str | None = None
+    tolerance: float | None = None
 
 
 def soft_training(

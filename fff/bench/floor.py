@@ -29,7 +29,7 @@ class Work(NamedTuple):
 class Floor(NamedTuple):
     """seconds: the larger of flops / matmul rate and bytes / bandwidth.  kind: "compute" or "memory", which one it is.
 
-    matmul_rate: FLOP/s.  bandwidth: bytes/s at the working set of the call.
+    matmul_rate: FLOP/s.  bandwidth: bytes/s, on a CPU at the working set of the call.
     """
 
     seconds: float
@@ -42,9 +42,11 @@ def floor(work: Work, dtype: torch.dtype, device: str = "cpu") -> Floor:
     """For the threads that torch uses now."""
     threads = torch.get_num_threads()
     rate = matmul_rate(dtype, threads, device)
-    # A GPU reads small buffers in the time of a launch, which says nothing of its memory.
-    size = _LARGEST if device != "cpu" else min(_LARGEST, max(2**16, 1 << (work.bytes - 1).bit_length()))
-    bandwidth = read_bandwidth(size, threads, device)
+    if device == "cpu":
+        size = min(_LARGEST, max(2**16, 1 << (work.bytes - 1).bit_length()))
+        bandwidth = read_bandwidth(size, threads)
+    else:
+        bandwidth = copy_bandwidth(device)
     compute, memory = work.flops / rate, work.bytes / bandwidth
     return Floor(max(compute, memory), "compute" if compute >= memory else "memory", rate, bandwidth)
 
@@ -60,11 +62,20 @@ def matmul_rate(dtype: torch.dtype, threads: int, device: str) -> float:
 
 
 @cache
-def read_bandwidth(size: int, threads: int, device: str) -> float:
-    """Bytes/s at which the same `size` bytes are read again and again: from a cache if they fit into one."""
-    data = torch.ones(size // 4, device=device)
+def read_bandwidth(size: int, threads: int) -> float:
+    """Bytes/s at which a CPU reads the same `size` bytes again and again: from a cache if they fit into one."""
+    data = torch.ones(size // 4)
     half = data.view(2, -1)
-    return size / min(_best(data.sum, device), _best(lambda: torch.dot(half[0], half[1]), device))
+    return size / min(_best(data.sum, "cpu"), _best(lambda: torch.dot(half[0], half[1]), "cpu"))
+
+
+@cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes/s of a large copy, read and written; a GPU moves small ones in the time of a launch, which says nothing of
+    its memory."""
+    data = torch.ones(_LARGEST // 4, device=device)
+    other = torch.empty_like(data)
+    return 2 * _LARGEST / _best(lambda: other.copy_(data), device)
 
 
 def _best(call: Callable[[], object], device: str, seconds: float = 0.2) -> float:

@@ -113,6 +113,50 @@ def test_front_page_tells_the_headline_of_the_committed_results(results, tmp_pat
     assert text.startswith("before") and text.endswith("after\n")
 
 
+def test_a_gpu_has_tables_of_its_own(results):
+    """And those of the CPU stay what they are."""
+    study = StudyData("bench", pd.DataFrame(), pd.DataFrame(), results)
+    before = {table.name: table for table in bench.report(study).tables}
+    assert not any(name.startswith("bench_gpu") for name in before)
+    on = {"gpu": "made-up card", "dtype": "bfloat16", "matmul_rate": 8e14, "bandwidth": 4e12}
+    refused = {**on, "agrees": False, "dtype": None, "matmul_rate": None, "bandwidth": None, "peak_bytes": None}
+
+    def rows(case, size, times):
+        sizes = {"num_experts": 32} if case.startswith("dispatch") else {}
+        made = [row("inference_cuda", case, name, size, 8, median, **on, **sizes) for name, median in times.items()]
+        return [entry | ({} if entry["median_s"] else refused) for entry in made]
+
+    inference = [
+        *rows("layer_batch8_depth5", 5, {"fff": 1e-4, "fff_graph": 5e-5, "dense": 4e-4, "dense_graph": 4e-4}),
+        *rows("deep_batch_batch8_depth15", 15, {"fff": None, "fff_graph": 2e-3}),
+        *rows("dispatch_batch8_num_experts32", None, {"triton": 1e-5, "triton_graph": 5e-6, "grouped": 3e-4}),
+        *rows("routing_batch8_depth3", 3, {"descend": 1e-5, "descend_graph": 4e-6, "gate": 2e-5, "gate_graph": 6e-6}),
+    ]
+    training = [
+        row("training_cuda", "step_depth8", "fff", 8, 8, 1e-3, **on),
+        row("training_cuda", "step_depth8", "dense", 8, 8, None, **refused),
+    ]
+    unmeasured = ratio(None, None, at_least=3.0) | {"suite": "inference_cuda", "of": "dense", "over": "fff"}
+    folder = results / "bench"
+    pd.DataFrame(inference).to_csv(folder / "inference_cuda.csv", index=False)
+    pd.DataFrame(training).to_csv(folder / "training_cuda.csv", index=False)
+    pd.DataFrame([unmeasured]).to_csv(folder / "inference_cuda.ratios.csv", index=False)
+    after = {table.name: table for table in bench.report(study).tables}
+    for name in set(before) - {"bench_targets"}:
+        pd.testing.assert_frame_equal(before[name].frame, after[name].frame)
+        assert before[name].note == after[name].note
+    layer, steps = after["bench_gpu"].frame, after["bench_gpu_training"].frame
+    assert list(layer["depth"]) == ["5", "15"] and list(layer["ours, us"]) == ["100", "–"]
+    assert list(layer["dense, training width"]) == ["4x", "–"]
+    assert list(layer["the same, both as graphs"]) == ["8x", "–"]
+    assert list(layer["as a graph, us"]) == ["50", "2,000"] and set(layer["graph, of the floor"]) == {"25 %"}
+    assert "made-up card" in after["bench_gpu"].note and "4 TB/s" in after["bench_gpu"].note
+    assert list(after["bench_gpu_dispatch"].frame["ours in PyTorch"]) == ["30x"]
+    assert list(after["bench_gpu_routing"].frame["flat gate"]) == ["2x"]
+    assert list(steps["step, ms"]) == ["1", "–"] and list(steps["peak, MiB"]) == ["1", "–"]
+    assert list(after["bench_targets"].frame["met"]) == ["missed", "yes", "not measured"]
+
+
 def test_no_rows_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="experiments.bench"):
         bench.report(StudyData("bench", pd.DataFrame(), pd.DataFrame(), tmp_path))

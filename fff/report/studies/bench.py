@@ -31,6 +31,20 @@ _COLORS = {
 }
 _MARKERS = dict(zip(_DRAWN, figures.MARKERS + ("*",), strict=True))
 _SIZES = ["depth", "batch"]
+# On a GPU: ours, and the peers that its time is told over. Graphs are compared with our graph.
+GRAPH = "_graph"
+_AS_GRAPHS = "the same, both as graphs"
+GPU_LAYER = {
+    "dense": "dense, training width",
+    "dense_graph": _AS_GRAPHS,
+    "dense_leaf": "dense, one leaf",
+    "moe_top_1": "flat MoE, top-1",
+    "moe_top_2": "flat MoE, top-2",
+    "grouped_mm": "grouped_mm",
+    "fff_grouped": "ours in PyTorch",
+}
+GPU_DISPATCH = {"grouped_mm": "grouped_mm", "grouped_mm_graph": _AS_GRAPHS, "grouped": "ours in PyTorch"}
+GPU_ROUTING = {"gate": "flat gate", "gate_graph": _AS_GRAPHS, "descend_pytorch": "descent in PyTorch"}
 
 
 def report(data: StudyData) -> Report:
@@ -56,6 +70,7 @@ def report(data: StudyData) -> Report:
             remarks.append(f"bench: no rows of suite={suite}")
         else:
             made.append(make(part))
+    made += _gpu(rows)
     drawn = {
         "scaling": figure_scaling(rows[rows["suite"] == "scaling"]),
         "speedup": figure_speedup(rows[rows["suite"] == "inference"]),
@@ -137,17 +152,91 @@ def _scaling(rows: pd.DataFrame) -> Table:
 
 
 def _training(rows: pd.DataFrame) -> Table:
+    return _steps(rows, "bench_training", "Training steps", f"{machine(rows)}. Forward, backward, SGD.")
+
+
+def _steps(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
     frame = pd.DataFrame(
         {
             "case": rows["case"],
             "candidate": rows["candidate"],
             "depth": rows["depth"].astype(int).map(str),
             "batch": rows["batch"].astype(int).map(str),
-            "step, ms": [f"{1e3 * value:.3g}" for value in rows["median_s"]],
+            "step, ms": [MISSING if pd.isna(value) else f"{1e3 * value:.3g}" for value in rows["median_s"]],
             "peak, MiB": [number(value / 2**20, 0) for value in rows["peak_bytes"]],
         }
     )
-    return Table("bench_training", "Training steps", frame, f"{machine(rows)}. Forward, backward, SGD.", 2)
+    return Table(name, title, frame, note, 2)
+
+
+def _gpu(rows: pd.DataFrame) -> list[Table]:
+    """Tables of the suites that ran on a GPU; none where none did."""
+    made = []
+    inference = rows[rows["suite"] == "inference_cuda"]
+    for name, title, cases, size, ours, peers in (
+        ("bench_gpu", "Hard evaluation on a GPU", ("layer", "deep"), "depth", "fff", GPU_LAYER),
+        ("bench_gpu_dispatch", "Rows to given experts on a GPU", "dispatch", "num_experts", "triton", GPU_DISPATCH),
+        ("bench_gpu_routing", "Decisions on a GPU", "routing", "depth", "descend", GPU_ROUTING),
+    ):
+        part = inference[inference["case"].str.startswith(cases)]
+        if not part.empty:
+            made.append(_gpu_times(part, name, title, size, ours, peers))
+    training = rows[rows["suite"] == "training_cuda"]
+    if not training.empty:
+        note = (
+            f"{gpu_machine(training)}. step: forward and backward for rows and parameters; block: x + layer(norm(x)),"
+            " and a step of AdamW. MiB that a call holds at once beyond the weights, not counted of graphs."
+            f" {MISSING}: refused, for its outputs differed."
+        )
+        made.append(_steps(training, "bench_gpu_training", "Training steps on a GPU", note))
+    return made
+
+
+def gpu_machine(rows: pd.DataFrame) -> str:
+    """What the rows were measured on, and the ceilings that were measured there."""
+    names = rows[["gpu", "torch"]].drop_duplicates()
+    where = "; ".join(f"{row.gpu}, torch {row.torch}" for row in names.itertuples())
+    if rows["bandwidth"].notna().any():
+        copy, rate = rows["bandwidth"].median() / 1e12, rows["matmul_rate"].median() / 1e12
+        where += f"; copies at {copy:.3g} TB/s, matrix products at {rate:.3g} TFLOP/s"
+    kinds = sorted(rows["dtype"].dropna().unique())
+    return f"{where}; {', '.join(kinds)}"
+
+
+def _gpu_times(rows: pd.DataFrame, name: str, title: str, size: str, ours: str, peers: dict[str, str]) -> Table:
+    sizes = rows[[size, "batch"]].astype(int).drop_duplicates().sort_values(["batch", size])
+    points = pd.MultiIndex.from_frame(sizes)
+    columns = [ours, ours + GRAPH, *peers]
+
+    def of(value: str) -> pd.DataFrame:
+        """Absent where a candidate was refused or could not be had."""
+        table = rows.astype({size: int, "batch": int}).pivot(index=[size, "batch"], columns="candidate", values=value)
+        return table.reindex(index=points, columns=columns)
+
+    times, share = of("median_s"), of("floor_share")
+    over = {peer: times[peer] / times[ours + GRAPH if peer.endswith(GRAPH) else ours] for peer in peers}
+    frame = pd.DataFrame(
+        {
+            {"num_experts": "experts"}.get(size, size): [str(point[0]) for point in points],
+            "batch": [str(point[1]) for point in points],
+            "ours, us": [_known(1e6 * value) for value in times[ours]],
+            "as a graph, us": [_known(1e6 * value) for value in times[ours + GRAPH]],
+            "graph, of the floor": [_known(100 * value, " %") for value in share[ours + GRAPH]],
+            **{label: [_known(value, "x") for value in over[peer]] for peer, label in peers.items()},
+        }
+    )
+    note = (
+        f"{gpu_machine(rows)}. How many times longer each other takes than ours. A graph is replayed without the"
+        " launches that the host makes between kernels. What computes the same function, and flat MoEs, gave the"
+        " outputs of float64 on the same routes before they were timed. Floor: counted bytes at the speed of a copy or"
+        " counted operations at that of matrix products; what lies in a cache can be faster."
+        f" {MISSING}: refused, or not to be had."
+    )
+    return Table(name, title, frame, note, text_columns=2)
+
+
+def _known(value: float, unit: str = "") -> str:
+    return MISSING if pd.isna(value) else f"{_short(value)}{unit}"
 
 
 def _routing(rows: pd.DataFrame) -> Table:
@@ -229,8 +318,8 @@ def _crossover(ratios: pd.DataFrame, rows: pd.DataFrame) -> Table:
 
 
 def targets(ratios: pd.DataFrame) -> Table:
-    """Every comparison that had a target, met or not."""
-    judged = ratios[ratios["met"].notna()]
+    """Every comparison that had a target: met, missed, or not measured, where one was refused or not to be had."""
+    judged = ratios[ratios["at_least"].notna() | ratios["at_most"].notna()]
     bound = [
         f">= {at_least:g}" if pd.notna(at_least) else f"<= {at_most:g}"
         for at_least, at_most in zip(judged["at_least"], judged["at_most"], strict=True)
@@ -243,13 +332,15 @@ def targets(ratios: pd.DataFrame) -> Table:
                 f"{q}: {of} / {over}"
                 for q, of, over in zip(judged["quantity"], judged["of"], judged["over"], strict=True)
             ],
-            "median": [_short(value) for value in judged["median"]],
+            "median": [_known(value) for value in judged["median"]],
             "quartiles": [
                 MISSING if pd.isna(low) else f"{_short(low)} - {_short(high)}"
                 for low, high in zip(judged["low"], judged["high"], strict=True)
             ],
             "target": bound,
-            "met": ["yes" if str(met) == "True" else "missed" for met in judged["met"]],
+            "met": [
+                "not measured" if pd.isna(met) else "yes" if str(met) == "True" else "missed" for met in judged["met"]
+            ],
         }
     )
     return Table("bench_targets", "Targets", frame, "extra_ms: the difference in milliseconds a step.", 3)
