@@ -24,9 +24,6 @@ DEVICE, DTYPE = ("cuda", "bfloat16") if GPU else ("cpu", "float32")  # the inter
 SIZES = {"depth": 3, "num_experts": 8, "leaf_width": 16, "batch": 257} if GPU else {"depth": 2, "batch": 9}
 SIZES = {"in_features": 64, "out_features": 64, "leaf_width": 8, "num_experts": 4} | SIZES
 QUICK = {"rounds": 1, "min_sample_s": 0.0}
-DESCENDS = (Path(gpu.__file__).parents[1] / "ops" / "tree_route" / "triton.py").exists()
-
-
 NAMES = "layer", "dispatch", "routing", "step", "block"
 
 
@@ -65,8 +62,6 @@ def toy(case, **fields):
 def test_configured_peers_compute_what_they_are_compared_with(suite, name):
     case = config(suite)[name]
     left_out = set() if GPU else {p for p in case["build"]["peers"] if p.endswith("_graph")}
-    if not DESCENDS:
-        case["build"]["peers"] = [p for p in case["build"]["peers"] if p not in ("descend", "descend_graph")]
     candidates = toy(case)
     if not hasattr(torch.nn.functional, "grouped_mm"):
         left_out |= {p for p in case["build"]["peers"] if p.startswith("grouped_mm")}
