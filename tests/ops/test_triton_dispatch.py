@@ -115,6 +115,28 @@ def test_recomputed_units(glu):
     assert_computes(call, index, glu=glu, recompute=True)
 
 
+def test_recomputed_units_are_not_kept():
+    call, index = call_of(40, 8, 4, 5, 6, 2), torch.randint(4, (40, 2), device=DEVICE)
+    x, gate, *weights = (t.requires_grad_() for t in call.values())
+    kept = {}
+    for recompute in (False, True):
+        shapes = kept[recompute] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=shapes: to.append(tuple(t.shape)), lambda t: t):
+            expert_mlp(x, index, gate, *weights, backend="triton", recompute=recompute)
+    pre = 80, 5
+    assert pre in kept[False] and pre not in kept[True]
+
+
+def test_float32_is_exact_unless_torch_is_told_otherwise():
+    assert kernels._precision(torch.float32) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert kernels._precision(torch.float32) == "tf32"
+        assert kernels._precision(torch.float16) == "ieee"  # means nothing there
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("choices", [1, 2])
 def test_left_out_and_repeated_choices(choices):
     call = call_of(70, 8, 3, 4, 5, choices)

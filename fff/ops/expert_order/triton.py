@@ -50,7 +50,8 @@ def _group(expert, choice, num_choices, num_experts):
     return tl.where(choice < num_choices, e, num_experts + 1)
 
 
-@triton.jit
+# Sizes that change with the batch: no kernel of its own for those that are 1 or multiples of 16.
+@triton.jit(do_not_specialize=["num_choices", "num_blocks"])
 def _count(
     expert,  # (M,)
     rank,  # (M,)
@@ -76,7 +77,7 @@ def _count(
     tl.store(count + group * num_blocks + block, before + 1, mask=there & (after == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _tiles(
     place,  # (E + 2,), each `stride` apart: choices before each group
     stride,
@@ -97,7 +98,7 @@ def _tiles(
         tiles += tl.sum(number, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "num_blocks"])
 def _scatter(
     expert,  # (M,)
     rank,  # (M,)
