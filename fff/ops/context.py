@@ -1,4 +1,4 @@
-"""What surrounds a call: autocast, export, the current device."""
+"""What surrounds a call: autocast, export, the current device, tf32."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def on_device(x: Tensor) -> AbstractContextManager:
     """x's GPU as the current one: Triton launches there, whatever the device of its arguments."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def float32_precision() -> str:
+    """How a GPU may multiply float32: "ieee", or "tf32" if torch was told so, by whichever of its ways."""
+    # Where it was told by the newer way, torch refuses to answer by the older one.
+    new = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if new is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if new == "tf32" else "ieee"

@@ -128,13 +128,19 @@ def test_recomputed_units_are_not_kept():
 
 
 def test_float32_is_exact_unless_torch_is_told_otherwise():
+    matmul = torch.backends.cuda.matmul
     assert kernels._precision(torch.float32) == "ieee"
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert kernels._precision(torch.float32) == "tf32"
-        assert kernels._precision(torch.float16) == "ieee"  # means nothing there
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    ways = [(torch.set_float32_matmul_precision, "high", "highest")]
+    if hasattr(matmul, "fp32_precision"):
+        ways.append((lambda value: setattr(matmul, "fp32_precision", value), "tf32", "ieee"))
+    for tell, fast, exact in ways:
+        tell(fast)
+        try:
+            assert kernels._precision(torch.float32) == "tf32"
+            assert kernels._precision(torch.float16) == "ieee"  # means nothing there
+        finally:
+            tell(exact)
+        assert kernels._precision(torch.float32) == "ieee"
 
 
 @pytest.mark.parametrize("choices", [1, 2])

@@ -16,7 +16,7 @@ Backends compute the same function and the same gradients; they differ in cost:
 
 "native" needs `python -m fff.build`, a named activation, no dropout, and float32 (without gradients also bfloat16).
 "triton" needs a CUDA device, a named activation, no dropout, experts of at most 256 units, and one of float32, float16
-and bfloat16; products of float32 are those of tf32 unless `torch.get_float32_matmul_precision()` is "highest".
+and bfloat16; products of float32 are those of tf32 where torch may use it, as by `torch.set_float32_matmul_precision`.
 "grouped", "native" and "triton" have no second derivative, and neither `torch.func` transforms nor `torch.jit.trace`
 take them; ask for "gather" there.
 """

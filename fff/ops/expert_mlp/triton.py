@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fff.ops.activation import activation_name
-from fff.ops.context import on_device
+from fff.ops.context import float32_precision, on_device
 from fff.ops.expert_order.triton import max_tiles, tiled_order
 
 MAX_WIDTH = 256
@@ -478,9 +478,7 @@ INTERPRETED = not isinstance(_forward, triton.JITFunction)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32: as `torch.set_float32_matmul_precision` wants it, tf32 unless it is "highest"."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    return float32_precision() if dtype == torch.float32 else "ieee"
 
 
 def _constants(

@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fff.ops.context import on_device, without_autocast
+from fff.ops.context import float32_precision, on_device, without_autocast
 from fff.ops.expert_order import expert_order
 
 if TYPE_CHECKING:
@@ -345,7 +345,6 @@ def _descend(
     sizes = num_trees, in_features, x.stride(0), depth
     with on_device(x):
         if levels:
-            full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
             _top[triton.cdiv(rows, BLOCK_ROWS), num_trees](
                 *pointers,
                 rows,
@@ -354,7 +353,7 @@ def _descend(
                 NODES=_padded_nodes(levels),
                 ROWS=BLOCK_ROWS,
                 BLOCK_D=128 // x.dtype.itemsize,
-                PRECISION="ieee" if full else "tf32",
+                PRECISION=float32_precision() if x.dtype == torch.float32 else "tf32",
                 num_warps=4,
                 num_stages=3,
             )
