@@ -277,4 +277,5 @@ def test_levels_by_matmul(in_features, dtype):
     for depth in range(16):
         assert all(0 <= levels(rows, depth) <= min(depth, 7) for rows in range(BLOCK_ROWS))
         assert levels(BLOCK_ROWS, depth) == levels(10**6, depth) == min(depth, 7)
+    assert levels(BLOCK_ROWS - 1, 3) == 3  # a shallow tree is one matmul, whatever the rows of its tile
     assert levels(1, 15) == 0  # one row, whose two launches would cost more than all its waits

@@ -109,6 +109,25 @@ def test_slopes_of_the_activations(name, glu):
     assert_computes(call, torch.randint(4, (30, 1), device=DEVICE), activation=name, glu=glu)
 
 
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_far_tails_stay_finite(name):
+    call, index = call_of(6, 3, 2, 4, 5, 1), torch.zeros(6, 1, dtype=torch.int64, device=DEVICE)
+    call["w_in"] = torch.full_like(call["w_in"], 1.0)
+    call["x"] = torch.tensor([-200.0, -100.0, -1.0, 1.0, 100.0, 200.0], device=DEVICE)[:, None].expand(6, 3).clone()
+    found = assert_computes(call, index, activation=name)
+    assert all(t.isfinite().all() for t in found.values())
+
+
+def test_an_index_beyond_the_experts_is_left_out():
+    """By choice and by tile; a kernel that took it for an expert would read what lies behind the weights, here nan."""
+    call, index = call_of(4, 5, 4, 2, 4, 1), torch.tensor([[0], [3], [2], [-1]], device=DEVICE)
+    for name in ("w_in", "b_in", "w_out", "b_out"):
+        call[name][3] = torch.nan
+        call[name] = call[name][:3]
+    found = assert_computes(call, index)
+    assert not found["y"][[1, 3]].any() and found["y"][[0, 2]].any(1).all()
+
+
 @pytest.mark.parametrize("glu", [False, True])
 def test_recomputed_units(glu):
     call, index = call_of(40, 8, 4, 5, 6, 2, glu=glu), torch.randint(4, (40, 2), device=DEVICE)
@@ -341,7 +360,7 @@ def test_a_mixture_trains_as_its_reference(router, top_k):
 )
 def test_a_training_step_asks_for_no_number(layer, options):
     """Tensors without numbers refuse whatever the host would have to wait for."""
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.device(DEVICE):
         module = layer(32, 8, **options, backend="triton")
         x = torch.randn(64, 32, requires_grad=True)
         (module(x).sum() + aux_loss(module)).backward()

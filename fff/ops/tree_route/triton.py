@@ -32,6 +32,7 @@ Limits
   collapsed tree, these programs run long after all others are done. Backward sorts the choices by leaf for it, once.
 - A row with a nan spoils the weight gradient of every node in the first levels, as it does in `F.linear`, not just of
   those on its way.
+- With TensorFloat32 the two kernels round differently, so that a logit near 0 may decide otherwise in a small batch.
 - Never run on a GPU: values are tested in Triton's interpreter, the kernels are compiled for sm_80, sm_90 and sm_100.
   Speed, block sizes and `top_levels` are unmeasured, and TensorFloat32 and bfloat16 matmuls untested.
 """
@@ -358,7 +359,7 @@ def _descend(
                 num_stages=3,
             )
         if levels < depth:
-            choices = 4  # one for each warp
+            choices = 4
             _walk[(triton.cdiv(index.numel(), choices),)](
                 *pointers,
                 index.numel(),
