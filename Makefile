@@ -55,8 +55,9 @@ $(VENV)/.train: pyproject.toml $(VENV)/constraints.txt
 	$(pip) -c $(VENV)/constraints.txt -e '.[train,sweep]'
 	@touch $@
 
+# One stamp for each choice of extras, so that another choice installs again.
 comma := ,
-$(VENV)/.dev: pyproject.toml $(VENV)/constraints.txt
+$(VENV)/.dev$(EXTRAS:%=-%): pyproject.toml $(VENV)/constraints.txt
 	$(pip) -c $(VENV)/constraints.txt -e '.[dev$(EXTRAS:%=$(comma)%)]'
 	@touch $@ $(VENV)/.train
 
@@ -68,7 +69,7 @@ demo: $(VENV)/.train
 	$(python) -m experiments.tables demo regions --results-dir $(demo_results)
 	@echo "tables and figures: $(demo_results)"
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev$(EXTRAS:%=-%)
 	@$(python) -m fff.build || echo "testing without the native operators"
 	$(python) -m pytest -q
 

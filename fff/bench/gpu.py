@@ -475,8 +475,9 @@ def _differentiate(module: nn.Module, rows: Tensor, grad: Tensor) -> dict[str, T
 
 
 def _training_work(module: nn.Module, in_features: int, out_features: int, leaf_width: int, batch: int) -> Work | None:
-    """Forward and, twice as many operations, backward; rows, outputs, their gradients, the parameters and theirs, once
-    each. All experts count as hit. None for what is not a tree or dense."""
+    """Forward, then backward with twice as many operations. Forward reads rows and parameters and writes outputs;
+    backward reads rows, parameters and the gradient of outputs, and writes those of rows and parameters. All experts
+    count as hit. None for what is not a tree or dense."""
     if isinstance(module, FFF):
         flops = module.size.flops_per_row
     elif isinstance(module, nn.Sequential):
@@ -485,7 +486,7 @@ def _training_work(module: nn.Module, in_features: int, out_features: int, leaf_
         return None
     parameters = sum(p.numel() for p in module.parameters())
     size = next(module.parameters()).element_size()
-    return Work(3 * flops * batch, size * 2 * (batch * (in_features + out_features) + parameters))
+    return Work(3 * flops * batch, size * (batch * (3 * in_features + 2 * out_features) + 3 * parameters))
 
 
 @torch.no_grad()

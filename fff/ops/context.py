@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+# Asked before it is imported, which takes a third of a second and waits until a kernel is wanted.
+HAS_TRITON = find_spec("triton") is not None
 
 
 def exporting() -> bool:

@@ -72,9 +72,9 @@ def assert_computes(call, index, **options):
     expected = value_and_gradients(call, index, grad_y, "reference", dtype=torch.float64, **options)
     assert_same(found, expected, TOLERANCE[dtype])
     x, gate, *weights = call.values()
-    for most in (kernels.SINGLE_CHOICES, 0):  # by choice, and by tile
+    for one_by_one in (True, False):  # and by tile
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "SINGLE_CHOICES", most)
+            patch.setattr(kernels, "few", lambda *_, answer=one_by_one: answer)
             y = expert_mlp(x, index, gate, *weights, backend="triton", **options)
         assert_same({"y": y}, {"y": expected["y"]}, TOLERANCE[dtype])
     return found

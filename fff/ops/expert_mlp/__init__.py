@@ -23,14 +23,13 @@ take them; ask for "gather" there.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fff.ops.activation import Activation, activation_name, resolve_activation
-from fff.ops.context import autocast_dtype, exporting, without_autocast
+from fff.ops.context import HAS_TRITON, autocast_dtype, exporting, without_autocast
 from fff.ops.expert_mlp import cpu
 from fff.ops.expert_mlp.costs import Problem, cheapest
 from fff.ops.expert_mlp.dense import dense
@@ -41,13 +40,9 @@ from fff.ops.expert_mlp.reference import reference
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_HAS_TRITON = find_spec("triton") is not None
-
 
 def _triton(*call: Any, **options: bool) -> Tensor:
-    from fff.ops.expert_mlp.triton import (
-        dispatch,
-    )  # not before a GPU is used: importing triton takes a third of a second
+    from fff.ops.expert_mlp.triton import dispatch
 
     return dispatch(*call, **options)
 
@@ -144,7 +139,7 @@ def choose_backend(
 
 
 def _triton_refusal(activation: str | None, tensors: tuple[Tensor | None, ...], dropout: float) -> str | None:
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "it needs triton, which torch brings along where it is built for CUDA"
     from fff.ops.expert_mlp.triton import refusal
 

@@ -15,7 +15,7 @@ Rows are gathered where they are read and scattered where they are written: no s
 several choices a row's parts lie in a buffer (T, K, O) that is then summed. There are no atomics: results have the same
 bits in every run. Nothing waits for the host, so that a call can be captured in a CUDA graph.
 
-A few choices without gradient (`SINGLE_CHOICES`) skip order and tiles: one program per choice reads its expert once,
+A few choices without gradient (`few`) skip order and tiles: one program per choice reads its expert once,
 as vectors. Such a call is bound by memory, and matrix units would idle on 15 of 16 rows.
 
 Limits: expert width at most 256; float32, float16, bfloat16; the named activations; no dropout; no second derivative.
@@ -38,10 +38,10 @@ from torch import Tensor
 
 from fff.ops.activation import activation_name
 from fff.ops.context import float32_precision, on_device
+from fff.ops.expert_mlp.cpu import records_gradient
 from fff.ops.expert_order.triton import max_tiles, tiled_order
 
 MAX_WIDTH = 256
-SINGLE_CHOICES = 512
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,6 +52,12 @@ class Tiles(NamedTuple):
     columns: int
     warps: int
     stages: int
+
+
+def few(choices: int, num_experts: int) -> bool:
+    """Whether choices go one by one: no more than fill the card a few times, and few enough of each expert that reading
+    its weights for every one of them costs less than an order."""
+    return choices <= min(512, 8 * num_experts)
 
 
 def _padded(width: int) -> int:
@@ -202,6 +208,8 @@ def _forward(
                     tl.store(pre + at + L, value.to(pre.dtype.element_ty), mask=kept)
                 h *= value
             h = h.to(x.dtype.element_ty)
+            if GATED:
+                weigh = tl.load(gate + choice, mask=there, other=0.0).to(tl.float32)[:, None]
             for start in range(0, O, COLUMNS):
                 column = start + tl.arange(0, COLUMNS)
                 weight = tl.load(
@@ -213,7 +221,7 @@ def _forward(
                 if BIAS_OUT:
                     out += tl.load(b_out + e * O + column, mask=column < O, other=0.0).to(tl.float32)[None, :]
                 if GATED:
-                    out *= tl.load(gate + choice, mask=there, other=0.0).to(tl.float32)[:, None]
+                    out *= weigh
                 tl.store(
                     y + choice.to(tl.int64)[:, None] * O + column[None, :],
                     out.to(y.dtype.element_ty),
@@ -268,9 +276,8 @@ def _single(
         if BIAS:
             value += tl.load(b_in + e * H + L + unit, mask=unit < L, other=0.0).to(tl.float32)
         h *= value
-    weigh = tl.where(chosen, 1.0, 0.0)
     if GATED:
-        weigh *= tl.load(gate + choice).to(tl.float32)
+        weigh = tl.load(gate + choice).to(tl.float32)
     for start in range(0, O, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         weight = tl.load(
@@ -281,7 +288,9 @@ def _single(
         out = tl.sum(h[:, None] * weight, 0)
         if BIAS_OUT:
             out += tl.load(b_out + e * O + column, mask=column < O, other=0.0).to(tl.float32)
-        out = tl.where(chosen, out * weigh, 0.0)
+        if GATED:
+            out *= weigh
+        out = tl.where(chosen, out, 0.0)
         tl.store(y + choice * O + column, out.to(y.dtype.element_ty), mask=column < O)
 
 
@@ -797,7 +806,7 @@ def dispatch(
     """recompute: do not keep pre-activations for the backward pass, compute them again there."""
     assert index is not None and not dropout, "the kernels need chosen experts and no dropout"
     call = x, index, gate, w_in, b_in, w_out, b_out, activation_name(act), glu
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:7])
-    if gradient or index.numel() > SINGLE_CHOICES:
+    gradient = records_gradient(*call[:7])
+    if gradient or not few(index.numel(), w_in.shape[0]):
         return triton_expert_mlp(*call, gradient and not recompute)[0]
     return triton_expert_mlp_single(*call)

@@ -11,7 +11,6 @@ probable leaf is a different thing and is found by a beam that is wide enough.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fff.ops.activation import Activation, resolve_activation
+from fff.ops.context import HAS_TRITON
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 # Levels whose nodes are all evaluated by one matmul before the walk gathers single nodes. 2^7 - 1 nodes cost a row as
 # much as 127 hidden units; every further level would double that, while a gathered node costs one dot product.
 DENSE_LEVELS = 7
-
-
-_HAS_TRITON = find_spec("triton") is not None
 
 
 class Nodes(NamedTuple):
@@ -241,8 +238,8 @@ def additive_leaf_probability(logits: Float[Tensor, "T P N"]) -> Float[Tensor, "
 
 def triton_descent(x: Tensor, node_weight: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """`fff.ops.tree_route.triton.descend` where it can take these, else None."""
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return None
-    from fff.ops.tree_route.triton import descend, refusal  # not before a GPU is used
+    from fff.ops.tree_route.triton import descend, refusal
 
     return descend if refusal(x, node_weight) is None else None
