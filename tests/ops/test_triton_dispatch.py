@@ -171,6 +171,18 @@ def test_left_out_and_repeated_choices(choices):
     assert not found["y"][0].any() and not found["x"][0].any() and not found["gate"][0].any()
 
 
+def test_few_choices_without_gradient_go_one_by_one(monkeypatch):
+    taken, single = [], kernels.triton_expert_mlp_single
+    monkeypatch.setattr(kernels, "triton_expert_mlp_single", lambda *call: taken.append(len(call[0])) or single(*call))
+    for rows in (24, 25):  # of 3 experts
+        call, index = call_of(rows, 4, 3, 2, 2, 1), torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE)
+        x, gate, *weights = call.values()
+        expert_mlp(x, index, gate, *weights, backend="triton")
+        expert_mlp(x.requires_grad_(), index, gate, *weights, backend="triton")
+    assert taken == [24]
+    assert kernels.few(512, 1000) and not kernels.few(513, 1000)
+
+
 def test_every_choice_left_out():
     found = assert_computes(call_of(4, 5, 3, 2, 4, 2), torch.full((4, 2), -1, device=DEVICE))
     assert not any(t.any() for t in found.values())
