@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from fff.layers.base import ExpertLayer
 from fff.layers.check import (
     check_choice,
     check_depth,
@@ -20,7 +21,7 @@ from fff.layers.check import (
     check_probability,
     check_width,
 )
-from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
+from fff.layers.contract import Record, Size, TreeTrace
 from fff.layers.init import uniform_fan_in_
 from fff.ops import balance
 from fff.ops.activation import Activation, activation_name, resolve_activation
@@ -57,7 +58,7 @@ SoftGate = Literal["sigmoid", "additive"]
 MAX_DEPTH = 15
 
 
-class FFF(RoutedLayer):
+class FFF(ExpertLayer):
     """Fast feedforward layer (Belcak & Wattenhofer 2023, arXiv 2308.14711), with hard and soft training.
 
     in_features, leaf_width, out_features: D, L and O; out_features defaults to in_features.
@@ -75,6 +76,7 @@ class FFF(RoutedLayer):
     node_width: hidden units n of the node networks <D, n, 1>; 1 is a single hyperplane.
     master_width: width of a dense leaf that sees every row; the output is then s * tree + (1 - s) * master with a
         trainable s = sigmoid(master_mix) (arXiv 2405.16836).
+    base: the leaves of a tree deviate from one leaf that they have in common (`ExpertLayer`).
     soft_gate: "sigmoid", or "additive" for a softmax over leaves of signed node logits ("soft" mode only). However
         hard its decisions, an additive mixture need not tend to the greedy leaf that evaluation runs.
     temperature: divides node logits in probabilities and losses; greedy decisions do not depend on it.
@@ -116,6 +118,7 @@ class FFF(RoutedLayer):
         num_trees: int = 1,
         node_width: int = 1,
         master_width: int = 0,
+        base: bool = False,
         soft_gate: SoftGate = "sigmoid",
         temperature: float = 1.0,
         region_leak: float = 0.0,
@@ -181,6 +184,8 @@ class FFF(RoutedLayer):
         self.node_bias = nn.Parameter(torch.empty(nodes, *wide)) if bias else None
         self.node_out_weight = nn.Parameter(torch.empty(nodes, node_width)) if wide else None
         self.node_out_bias = nn.Parameter(torch.empty(nodes)) if wide and bias else None
+        if base:
+            self._add_base(num_trees)
         if master_width:
             rows = master_width * (2 if glu else 1)
             self.master_w_in = nn.Parameter(torch.empty(1, rows, in_features))
@@ -216,8 +221,9 @@ class FFF(RoutedLayer):
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(fan in), as `nn.Linear` and the authors' package; parallel trees share one fan-in."""
-        uniform_fan_in_(self.in_features, self.w_in, self.b_in, self.node_weight, self.node_bias)
-        uniform_fan_in_(self.leaf_width * self.num_trees, self.w_out, self.b_out)
+        w_in, b_in, w_out, b_out = self._begin()
+        uniform_fan_in_(self.in_features, w_in, b_in, self.node_weight, self.node_bias)
+        uniform_fan_in_(self.leaf_width * self.num_trees, w_out, b_out)
         uniform_fan_in_(self.node_width, self.node_out_weight, self.node_out_bias)
         if self.master_width:
             uniform_fan_in_(self.in_features, self.master_w_in, self.master_b_in)
@@ -298,7 +304,7 @@ class FFF(RoutedLayer):
         one_leaf = self.beam_width == self.node_width == 1 and self.mode != "gated"
         if not (hard and one_leaf and self.backend in ("auto", "native")):
             return None
-        weights = self._tensors("node_weight", "node_bias", "w_in", "b_in", "w_out", "b_out")
+        weights = [*self._tensors("node_weight", "node_bias"), *self.experts()]
         act = activation_name(self.act)
         if exporting() or cpu.records_gradient(rows, *weights) or cpu.refusal(act, rows, None, *weights) is not None:
             return None  # the other way has gradients, or says what is wrong if "native" was asked for
@@ -306,11 +312,6 @@ class FFF(RoutedLayer):
         y, index, logit = cpu.tree_mlp(rows, *nodes, self.num_trees, self.depth, *weights[2:], act, self.glu)
         trace = TreeTrace(self.depth, index, visited=logit if self.temperature == 1 else logit / self.temperature)
         return y, Record(logit.new_zeros(()), {}, index, self.num_leaves, "native", trace)
-
-    def _tensors(self, *names: str) -> list[Tensor | None]:
-        """Parameters by name. At one row, a sixth of a call would be nn.Module's attribute lookup."""
-        own = self._parameters
-        return [own[name] if name in own else getattr(self, name) for name in names]  # parametrised ones are elsewhere
 
     def _pytorch(self, rows: Tensor) -> tuple[Tensor, Record]:
         soft = self.mode == "soft" if self.training else self.soft_eval
@@ -320,8 +321,9 @@ class FFF(RoutedLayer):
         wanted = "auto" if soft and self.backend in HARD_BACKENDS else self.backend
         index = None if soft else routing.index
         # Logits may have been summed in a wider type.
-        gate = None if routing.gate is None else routing.gate.to(self.w_in.dtype)
-        call = rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out
+        experts = self.experts()
+        gate = None if routing.gate is None else routing.gate.to(experts[0].dtype)
+        call = rows, index, gate, *experts
         drop = self.drop if self.training else 0.0
         backend = choose_backend(wanted, *call, activation=self.act, dropout=drop)
         return self._compute(*call, backend=backend), self._record(routing, backend)
@@ -493,4 +495,4 @@ class FFF(RoutedLayer):
         ):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
-        return text
+        return f"{text}, base=True" if self.has_base else text

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fff.layers.base import ExpertLayer
 from fff.layers.check import check_choice, check_non_negative, check_positive, check_probability, check_width
-from fff.layers.contract import Record, RoutedLayer, Size
+from fff.layers.contract import Record, Size
 from fff.layers.init import uniform_fan_in_
 from fff.ops import balance, top_k_route
 from fff.ops.activation import Activation, resolve_activation
@@ -25,7 +26,7 @@ from fff.ops.top_k_route import TopKRoute
 Router = Literal["noisy_top_k", "switch", "mixtral", "soft", "sigmoid", "expert_choice"]
 
 
-class MoE(RoutedLayer):
+class MoE(ExpertLayer):
     """Mixture of two-layer experts behind a linear router; `fff.ops.top_k_route` defines each router.
 
     in_features, expert_width, out_features: D, L and O; out_features defaults to in_features.
@@ -41,6 +42,7 @@ class MoE(RoutedLayer):
         after each step. The biases need more than bfloat16 has: train in bfloat16 by autocast.
     jitter: half-width of the uniform noise around 1 that multiplies the router's input in training (Switch: 1e-2).
     shared_width: width of a dense expert that sees every row with weight 1; 0 is none.
+    base: the experts deviate from one that they have in common (`ExpertLayer`).
 
     The four loss weights, bias_update_rate, top_k, capacity_factor, jitter and drop may be changed between steps.
     Auxiliary losses and noise belong to training mode. The router decides in float32 where x is of half precision.
@@ -65,6 +67,7 @@ class MoE(RoutedLayer):
         bias_update_rate: float = 0.0,
         jitter: float = 0.0,
         shared_width: int = 0,
+        base: bool = False,
         act_layer: Activation = "relu",
         glu: bool = False,
         bias: bool = True,
@@ -117,6 +120,8 @@ class MoE(RoutedLayer):
         self.b_in = nn.Parameter(torch.empty(num_experts, rows)) if bias else None
         self.w_out = nn.Parameter(torch.empty(num_experts, expert_width, out_features))
         self.b_out = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+        if base:
+            self._add_base(1)
         if shared_width:
             rows = shared_width * (2 if glu else 1)
             self.shared_w_in = nn.Parameter(torch.empty(1, rows, in_features))
@@ -134,8 +139,9 @@ class MoE(RoutedLayer):
             nn.init.zeros_(self.noise_weight)
         else:
             uniform_fan_in_(self.in_features, self.gate_weight)
-        uniform_fan_in_(self.in_features, self.w_in, self.b_in)
-        uniform_fan_in_(self.expert_width, self.w_out, self.b_out)
+        w_in, b_in, w_out, b_out = self._begin()
+        uniform_fan_in_(self.in_features, w_in, b_in)
+        uniform_fan_in_(self.expert_width, w_out, b_out)
         if self.shared_width:
             uniform_fan_in_(self.in_features, self.shared_w_in, self.shared_b_in)
             uniform_fan_in_(self.shared_width, self.shared_w_out, self.shared_b_out)
@@ -165,7 +171,7 @@ class MoE(RoutedLayer):
         drop = self.drop if self.training else 0.0
         compute = partial(expert_mlp, activation=self.act, glu=self.glu, dropout=drop)
         index, gate = None if soft else route.index, route.gate.to(rows.dtype)
-        call = rows, index, gate, self.w_in, self.b_in, self.w_out, self.b_out
+        call = rows, index, gate, *self.experts()
         backend = choose_backend(self.backend, *call, activation=self.act, dropout=drop)
         y = compute(*call, backend=backend)
         if self.shared_width:
@@ -228,7 +234,7 @@ class MoE(RoutedLayer):
             f"in_features={self.in_features}, expert_width={self.expert_width}, out_features={self.out_features}, "
             f"num_experts={self.num_experts}, top_k={self.top_k}, router={self.router!r}, "
             f"capacity_factor={self.capacity_factor}, shared_width={self.shared_width}, glu={self.glu}, "
-            f"bias={self.b_in is not None}, drop={self.drop}"
+            f"base={self.has_base}, bias={self.b_in is not None}, drop={self.drop}"
         )
 
 

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
+from fff.layers.base import ExpertLayer
 from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
 from fff.tasks.callbacks import LayerSchedule, RandomState
 from fff.tasks.protocol import Protocol, dispatch_entropy, evaluate
@@ -38,6 +39,7 @@ class Classification(LightningModule):
     restart_from_best: epochs, counted from 0 as in a schedule, before which the model goes back to the weights of the
         best validation accuracy so far, and the optimiser forgets its averages.
     router_lr_factor: times the learning rate, for the parameters that decide where rows go.
+    deviation_decay: weight decay, in place of the optimiser's, of what experts have beside their base (`ExpertLayer`).
     test: whether `results` looks at the test rows; False for a search, whose runs then have no GA to select by.
     keep_routes: whether the record of a run is to have `routes`; for a model with one routed layer.
     """
@@ -55,6 +57,7 @@ class Classification(LightningModule):
         schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
         restart_from_best: Sequence[int] = (),
         router_lr_factor: float = 1.0,
+        deviation_decay: float | None = None,
         test: bool = True,
         keep_routes: bool = False,
     ) -> None:
@@ -65,6 +68,8 @@ class Classification(LightningModule):
             raise ValueError(f"restart_from_best={list(restart_from_best)}: before epoch 1 there is no best")
         if not router_lr_factor > 0:
             raise ValueError(f"router_lr_factor={router_lr_factor!r} must be > 0")
+        if deviation_decay is not None and not deviation_decay >= 0:
+            raise ValueError(f"deviation_decay={deviation_decay!r} must be >= 0")
         if keep_routes and not test:
             raise ValueError("keep_routes=True keeps those of the test rows, which test=False never looks at")
         num_layers = sum(isinstance(module, RoutedLayer) for module in model.modules())
@@ -78,7 +83,7 @@ class Classification(LightningModule):
         self.keep_routes = keep_routes
         self.protocol = Protocol(patience, stop_loss)
         self.restart_from_best = frozenset(restart_from_best)
-        self.router_lr_factor = router_lr_factor
+        self.router_lr_factor, self.deviation_decay = router_lr_factor, deviation_decay
         self.test = test
         self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
         self._lr_schedule: LRScheduler | None = None
@@ -129,16 +134,25 @@ class Classification(LightningModule):
         return optimizer
 
     def _optimized(self) -> Iterable[tuple[str, Parameter]] | list[dict[str, Any]]:
-        if self.router_lr_factor == 1.0:
-            return self.model.named_parameters()
         layers = [module for module in self.model.modules() if isinstance(module, RoutedLayer)]
-        router = {id(p) for layer in layers for p in layer.router_parameters()}
-        if not router:
-            raise ValueError(f"router_lr_factor={self.router_lr_factor!r}: no layer of the model has a router")
-        groups: dict[bool, list[tuple[str, Parameter]]] = {False: [], True: []}
+        settings: dict[int, dict[str, float]] = {}  # of parameters, by id
+        if self.router_lr_factor != 1.0:
+            router = [p for layer in layers for p in layer.router_parameters()]
+            if not router:
+                raise ValueError(f"router_lr_factor={self.router_lr_factor!r}: no layer of the model has a router")
+            settings |= {id(p): {"lr_factor": self.router_lr_factor} for p in router}
+        if self.deviation_decay is not None:
+            deviations = [p for layer in layers if isinstance(layer, ExpertLayer) for p in layer.deviations()]
+            if not deviations:
+                raise ValueError(f"deviation_decay={self.deviation_decay!r}: no layer of the model has a base")
+            settings |= {id(p): {"weight_decay": self.deviation_decay} for p in deviations}
+        if not settings:
+            return self.model.named_parameters()
+        groups: dict[tuple, dict[str, Any]] = {(): {"params": []}}  # the rest first, even where there is none
         for name, parameter in self.model.named_parameters():
-            groups[id(parameter) in router].append((name, parameter))
-        return [{"params": groups[False]}, {"params": groups[True], "lr_factor": self.router_lr_factor}]
+            own = settings.get(id(parameter), {})
+            groups.setdefault(tuple(own.items()), {"params": [], **own})["params"].append((name, parameter))
+        return list(groups.values())
 
     def _fused(self) -> dict[str, bool]:
         keywords = getattr(self.make_optimizer, "keywords", {})

@@ -21,6 +21,8 @@ VARIANTS = [
     ("fff", {"mode": "straight_through", "top_k": 2, "depth": 3}),
     ("fff", {"mode": "straight_through", "depth": 9, "leaf_width": 2}),
     ("fff", {"master_width": 3, "depth": 2}),
+    ("fff", {"mode": "straight_through", "base": True}),
+    ("moe", {"base": True}),
     ("ultra_fff", {"depth": 8, "num_trees": 2}),
 ]
 
@@ -175,7 +177,8 @@ def test_reset_parameters_and_reproducible_construction(make):
         assert torch.equal(a, b)
     torch.manual_seed(6)
     first.reset_parameters()
-    assert not torch.equal(first.w_in, second.w_in)
+    drawn = "base_w_in" if getattr(first, "has_base", False) else "w_in"
+    assert not torch.equal(getattr(first, drawn), getattr(second, drawn))
 
 
 def test_sizes(make):

@@ -286,6 +286,50 @@ def test_a_layer_without_router_has_no_rate_for_it(data, fit):
         fit(make_task(router_lr_factor=2.0), data(), max_epochs=1)
 
 
+def test_deviations_have_a_weight_decay_of_their_own(data, fit):
+    """Without a gradient a step of AdamW is its decay: deviations lose lr * decay, all others nothing."""
+    make_ff = partial(fff.FFF, leaf_width=2, depth=2, mode="straight_through", base=True)
+    optimizer = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0)
+    model = Classifier(make_ff, 4, 5)
+    task = Classification(model, num_classes=5, optimizer=optimizer, deviation_decay=2.0)
+    with torch.no_grad():
+        for deviation in model.ff.deviations():
+            deviation.fill_(1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = task.configure_optimizers()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        kept = 0.8 if name in ("ff.w_in", "ff.b_in", "ff.w_out", "ff.b_out") else 1.0
+        torch.testing.assert_close(parameter.detach(), kept * before[name])
+
+
+def test_router_rate_and_decay_of_deviations_go_together():
+    make_ff = partial(fff.FFF, leaf_width=2, depth=2, mode="straight_through", base=True)
+    optimizer = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    task = Classification(
+        Classifier(make_ff, 4, 5), num_classes=5, optimizer=optimizer, deviation_decay=2.0, router_lr_factor=3.0
+    )
+    groups = task.configure_optimizers().param_groups
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
+        (0.1, 0.5, 4),  # the base
+        (0.1, 2.0, 4),
+        (pytest.approx(0.3), 0.5, 2),
+    ]
+
+
+def test_a_layer_without_base_has_no_deviations_to_decay(data, fit):
+    with pytest.raises(ValueError, match="deviation_decay=2.0: no layer"):
+        fit(make_tree(deviation_decay=2.0), data(), max_epochs=1)
+
+
+@pytest.mark.parametrize("decay", [-1.0, float("nan")])
+def test_a_decay_below_zero_is_refused(decay):
+    with pytest.raises(ValueError, match="deviation_decay="):
+        make_task(deviation_decay=decay)
+
+
 def test_a_search_never_looks_at_the_test_rows(data, fit):
     task, module = make_tree(test=False), data()
     fit(task, module, max_epochs=2)
