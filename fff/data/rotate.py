@@ -32,9 +32,9 @@ class RotatedImages(InMemoryData):
     outermost half pixel of its corners is mirrored, as is that of upright ones.
 
     Where ours differs from the authors' code: a picture is in the set once, upright or turned, there as both; and they
-    turn by the nearest pixel and leave upright ones alone, so that a linear classifier can tell them by smoothness. Here
-    every picture is turned twice, by 15 degrees each time, there and back or there and on, so that both labels pass the
-    same interpolation.
+    turn by the nearest pixel and leave upright ones alone, so that a linear classifier can tell them by smoothness.
+    Here every picture is turned twice, by 15 degrees each time, there and back or there and on, so that both labels
+    pass the same interpolation.
 
     blur: in training rows alone, normal blur by a kernel of 7 x 3 pixels (height x width) as theirs, of a standard
         deviation that is drawn for each row, once, between these two numbers of pixels; None: none. Validation rows
