@@ -11,6 +11,7 @@ _HOME = {
     "ImageData": "fff.data.images",
     "InMemoryData": "fff.data.module",
     "RandomLabels": "fff.data.random_labels",
+    "RotatedImages": "fff.data.rotate",
     "Rows": "fff.data.module",
 }
 

@@ -1,6 +1,7 @@
 """Models built around a routed layer; they take `make_ff` and know only the layers' contract."""
 
 from fff.models.classifier import Classifier
+from fff.models.conv_classifier import ConvClassifier
 from fff.models.softmax_classifier import SoftmaxClassifier
 
-__all__ = ["Classifier", "SoftmaxClassifier"]
+__all__ = ["Classifier", "ConvClassifier", "SoftmaxClassifier"]

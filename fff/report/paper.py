@@ -62,6 +62,20 @@ def size(runs: pd.DataFrame, name: str) -> pd.Series:
     return pd.to_numeric(text(runs, name), errors="coerce").fillna(0).astype(int)
 
 
+def layer_name(row: dict[str, str]) -> str:
+    """What a reader calls the layer of a run, a dense one, a mixture or a tree, with its widths."""
+    layer = row["layer._target_"].rpartition(".")[2]
+    if layer == "FeedForward":
+        return f"dense, {row['layer.hidden_features']} units"
+    if layer == "MoE":
+        chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} experts"
+        return f"{row['layer.router']} mixture, {row['layer.num_experts']} x {row['layer.expert_width']}{chosen}"
+    mode, depth = row["layer.mode"].replace("_", "-"), int(row["layer.depth"])
+    chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} leaves"
+    chosen += ", runner-up in training" if row.get("layer.runner_up") == "true" else ""
+    return f"{layer}, {2**depth} x {row['layer.leaf_width']}, {mode}{chosen}"
+
+
 def placed(data: StudyData, runs: pd.DataFrame, cells: Iterable[Cell], key: Sequence[str]) -> dict[tuple, Cell]:
     """Cells by their place in the table; ValueError if two have the same, because their runs must not be mixed."""
     found: dict[tuple, list[Cell]] = {}

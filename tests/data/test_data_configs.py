@@ -29,7 +29,7 @@ def test_config_instantiates(name, monkeypatch, tmp_path):
 
 
 def test_each_set_has_a_config():
-    assert set(NAMES) == {*sources.NAMES, "clusters", "random_labels"}
+    assert set(NAMES) == {*sources.NAMES, "clusters", "random_labels", "rotate"}
 
 
 def test_root_is_optional(monkeypatch):
@@ -39,3 +39,9 @@ def test_root_is_optional(monkeypatch):
 
 def test_random_labels_over_another_set():
     assert build("random_labels", "data@data.data=mnist", "data.fraction=0.5").data.name == "mnist"
+
+
+def test_turned_pictures_of_cifar10():
+    data = build("rotate")
+    assert data.data.name == "cifar10" and list(data.blur) == [1.1, 2.2]
+    assert build("rotate", "data@data.data=mnist").data.name == "mnist"

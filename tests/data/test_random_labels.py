@@ -64,3 +64,25 @@ def test_all_else_is_that_of_the_wrapped_set(digits):
 def test_bad_fraction(digits, fraction):
     with pytest.raises(ValueError, match=f"fraction must lie in .0, 1., got {fraction}"):
         RandomLabels(digits, fraction)
+
+
+def test_a_part_of_the_rows(digits):
+    every = RandomLabels(digits, 0.5)
+    few, many = (RandomLabels(digits, 0.5, num_rows=count) for count in (200, 500))
+    assert len(few.rows.train_y) == 200 and len(few.train_rows) == 180 and len(few.val_rows) == 20
+    pairs = [set(zip(_names(data), data.rows.train_y.tolist(), strict=True)) for data in (few, many, every)]
+    assert pairs[0] < pairs[1] < pairs[2], "fewer rows are among more, and labelled as there"
+    assert torch.equal(few.rows.test_x, digits.rows.test_x)
+    assert len({data.content_digest for data in (every, few, many)}) == 3
+    assert RandomLabels(digits, 0.5, num_rows=200, label_seed=1).content_digest != few.content_digest
+
+
+def _names(data):
+    return [row.numpy().tobytes() for row in data.rows.train_x]
+
+
+def test_bad_num_rows(digits):
+    with pytest.raises(ValueError, match="num_rows must be None or at least 1, got 0"):
+        RandomLabels(digits, num_rows=0)
+    with pytest.raises(ValueError, match="num_rows=1443, but the training split has 1442 rows"):
+        RandomLabels(digits, num_rows=1443).setup()

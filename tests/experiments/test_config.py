@@ -182,6 +182,16 @@ def test_run_id_does_not_depend_on_where_the_data_lie(make_config, monkeypatch):
         assert name(make_config(f"data={data}")) == here
 
 
+def test_a_part_of_the_rows_is_another_run_and_all_of_them_the_run_of_the_past(make_config):
+    assert "num_rows" not in identity(make_config("data=random_labels"))["data"], (
+        "it would rename every run of the past"
+    )
+    part = identity(make_config("experiment=random_labels", "data@data.data=cifar10"))
+    assert part["data"]["num_rows"] == 11111 and part["data"]["data"]["name"] == "cifar10"
+    assert part["task"]["optimizer"]["weight_decay"] == 0 and part["task"]["test"] is False
+    assert part["task"]["patience"] == part["task"]["lr_schedule"]["T_max"] == part["trainer"]["max_epochs"]
+
+
 @pytest.mark.parametrize(
     "override", ["seed=1", "width=64", "layer=moe", "layer.drop=0.1", "task.optimizer.lr=0.1", "data=usps"]
 )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fff.report import figures
 from fff.report.cells import summarize
-from fff.report.paper import reference
+from fff.report.paper import layer_name, reference
 from fff.report.study import Report, StudyData, refusal
 from fff.report.tables import MISSING, Table, integer, number, of
 
@@ -112,15 +112,7 @@ def _model(row: dict[str, str]) -> str:
         if row["layer.num_experts"] == "1":
             return f"single, {kind}, {2 * int(row['layer.channels'])} units"
         return f"mixture, {kind}, {row['layer.num_experts']} x {2 * int(row['layer.channels'])}"
-    if layer == "FeedForward":
-        return f"dense, {row['layer.hidden_features']} units"
-    if layer == "MoE":
-        chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} experts"
-        return f"{row['layer.router']} mixture, {row['layer.num_experts']} x {row['layer.expert_width']}{chosen}"
-    mode, depth = row["layer.mode"].replace("_", "-"), int(row["layer.depth"])
-    chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} leaves"
-    chosen += ", runner-up in training" if row.get("layer.runner_up") == "true" else ""
-    return f"{layer}, {2**depth} x {row['layer.leaf_width']}, {mode}{chosen}"
+    return layer_name(row)
 
 
 def _published(values: pd.DataFrame) -> pd.DataFrame:
