@@ -104,9 +104,10 @@ def training_memory(
 
 
 def hard_inference(
-    *, in_features: int, out_features: int, leaf_width: int, depth: int, batch: int
+    *, in_features: int, out_features: int, leaf_width: int, depth: int, batch: int, expert_width: int | None = None
 ) -> dict[str, Candidate]:
-    """Hard evaluation: ours, upstream's, dense layers of the training width and of one leaf."""
+    """Hard evaluation: ours, upstream's, dense layers of the training width and of one leaf; with `expert_width` a
+    top-2 mixture of the training width too."""
     data = _Data(batch, in_features, out_features)
     layer = FFF(in_features, leaf_width, out_features, depth=depth).eval()
     plain = _reference(layer)
@@ -117,6 +118,13 @@ def hard_inference(
         "dense": Candidate(dense, data.evaluate(dense)),
         "dense_leaf": Candidate(small, data.evaluate(small)),
     }
+    if expert_width:
+        experts = leaf_width * 2**depth // expert_width
+        mixture = MoE(in_features, expert_width, out_features, num_experts=experts, router="mixtral").eval()
+        plain_mixture = _reference(mixture)
+        candidates["moe_top_2"] = Candidate(
+            mixture, data.evaluate(mixture), lambda: data.output(mixture), lambda: data.output(plain_mixture)
+        )
     if find_spec("fastfeedforward"):
         other = upstream_copy(layer)
         candidates["upstream"] = Candidate(

@@ -63,3 +63,15 @@ def test_two_configurations_of_one_layer_are_refused(write_run, sections):
     write_run("table2", data="cifar10", recipe="cifar", optimizer={**ADAMW, "lr": 0.5}, width=32)
     with pytest.raises(ValueError, match="2 configurations for one place of the table"):
         sections()
+
+
+def test_time_of_a_row_is_that_of_its_batch_shared_out(write_run, sections, results_dir):
+    ours(write_run, width=32)
+    path = results_dir / "bench" / "table2.csv"
+    path.parent.mkdir(parents=True)
+    rows = [("fff_hard", 1, 1, 2e-5), ("fff_hard", 1, 2048, 2048e-6), ("upstream", 1, 1, 9.0), ("dense", 1, 1, 3e-5)]
+    lines = [f"{name},32,{depth},{batch},{seconds},a processor" for name, depth, batch, seconds in rows]
+    path.write_text("\n".join(["candidate,leaf_width,depth,batch,median_s,cpu", *lines]) + "\n")
+    *_, latency = sections()
+    assert cells_of(latency, "64", "FFF, leaves of 32") == ["20.00", "1.00"]
+    assert cells_of(latency, "64", "dense")[0] == "30.00"

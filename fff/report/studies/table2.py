@@ -23,11 +23,18 @@ from fff.report.paper import (
     text,
 )
 from fff.report.study import Report, StudyData
-from fff.report.tables import Table, integer, number, of, percent
+from fff.report.tables import MISSING, Table, integer, number, of, percent
 
 _REFERENCE = "table2_moe_comparison"
 _RECIPES = {"cifar_paper": "paper's recipe", "cifar": "our recipe"}
 _MODELS = {"ff": "dense", "moe": "MoE", "fff": "FFF"}
+# Of the suite of timings.
+_CANDIDATES = {
+    "dense": "dense",
+    "dense_leaf": "dense, 32 units",
+    "moe_top_2": "MoE, 2 x 16",
+    "fff_hard": "FFF, leaves of 32",
+}
 _NOTE = (
     "Accuracies of the hard route, in percent, mean ± standard deviation over n runs: MA on the training rows, best"
     " over the epochs, GA on the test rows with the weights of the best validation accuracy."
@@ -57,7 +64,7 @@ def report(data: StudyData) -> Report:
     found = placed(data, runs, summary.to_dict("records"), key)
     cells = {(recipe, Row(model, layer), width): cell for (recipe, model, layer, width), cell in found.items()}
     paper = _paper(data)
-    tables = [_beside_paper(data, cells, paper), _beside_dense(data, cells), _all(data, runs, cells)]
+    tables = [_beside_paper(data, cells, paper), _beside_dense(data, cells), _all(data, runs, cells), *_latency(data)]
     return Report(
         summary,
         tables,
@@ -149,7 +156,7 @@ def _beside_dense(data: StudyData, cells: Cells) -> Table:
             for which in ("inference_width", "inference_size", "training_width"):
                 other = dense.get((recipe, int(cell[which])))
                 line[f"Δ dense, {which.replace('_', ' ')}"] = (
-                    f"{signed(ahead(cell, other))} ({integer(cell[which])})" if other else "–"
+                    f"{signed(ahead(cell, other))} ({integer(cell[which])})" if other else MISSING
                 )
             lines.append(line)
     return Table(
@@ -194,6 +201,26 @@ def _all(data: StudyData, runs: pd.DataFrame, cells: Cells) -> Table:
         f" are those that are trained; a base adds none to what is evaluated. {hardware(runs)}",
         2,
     )
+
+
+def _latency(data: StudyData) -> list[Table]:
+    """Measured by `experiments.bench suite=table2`; nothing where that was not run."""
+    path = data.results_dir / "bench" / "table2.csv"
+    if not path.exists():
+        return []
+    rows = pd.read_csv(path)
+    # The paper's package leaves the bias out, and is a peer of the suite, no row of the table.
+    rows = rows[rows["candidate"].isin(_CANDIDATES)]
+    rows["width"] = rows["leaf_width"] * 2 ** rows["depth"]
+    lines = []
+    for width, own in rows.groupby("width"):
+        for candidate, words in _CANDIDATES.items():
+            found = own[own["candidate"] == candidate].set_index("batch")["median_s"]
+            cells = {f"batch {batch}": number(1e6 * seconds / batch, 2) for batch, seconds in found.items()}
+            lines.append({"width": str(width), "layer": words} | cells)
+    machine = ", ".join(sorted(set(rows["cpu"])))
+    note = f"Microseconds per row, hard evaluation, float32, one thread of {machine}: median of repeated calls."
+    return [Table(f"{data.name}_latency", "Time of one row", pd.DataFrame(lines).fillna(MISSING), note, 2)]
 
 
 def _ordered(cells: Cells) -> list[tuple[tuple[str, Row, int], Cell]]:
