@@ -2,5 +2,6 @@
 
 from fff.models.classifier import Classifier
 from fff.models.softmax_classifier import SoftmaxClassifier
+from fff.models.vit import VisionTransformer
 
-__all__ = ["Classifier", "SoftmaxClassifier"]
+__all__ = ["Classifier", "SoftmaxClassifier", "VisionTransformer"]
