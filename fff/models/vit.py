@@ -49,7 +49,8 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x).flatten(2).transpose(1, 2)  # (B, P, D)
+        # (B, P, D), contiguous: every sum down the blocks keeps the strides of the first.
+        tokens = self.embed(x).flatten(2).transpose(1, 2).contiguous()
         tokens = self.blocks(self.dropout(tokens + self.position))
         return self.head(self.norm(tokens).mean(1))
 

@@ -12,7 +12,7 @@ from fff.report.study import StudyData, refusal
 from fff.report.tables import MISSING, number, percent, spread
 
 # Our names of the data sets, in the order of the tables, and those of the published tables.
-DATASETS = {"usps": "USPS", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+DATASETS = {"usps": "USPS", "mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR-10"}
 
 # Recipes in the order of the tables; another one follows under its own name.
 RECIPES = {"paper": "paper's recipe", "first": "our first recipe", "second": "our second recipe", "ours": "our recipe"}
