@@ -74,6 +74,11 @@ class Part(NamedTuple):
     def dense(self, recipe: str, width: float) -> Cell | None:
         return self.cell(recipe, Place("dense", 0, int(width)))
 
+    def source(self, recipe: str, place: Place) -> str:
+        """Layers that have no hardening share a recipe of the paper's."""
+        shared = place.layer != "tree" and recipe in _TRAINED_AS.values()
+        return "paper's recipe" if shared else self.recipes[recipe]
+
     @property
     def places(self) -> list[Place]:
         """Ours and the paper's: trees after the dense layers as wide, then what is narrower, mixtures and none."""
@@ -161,9 +166,9 @@ def _tables(data: StudyData, part: Part) -> list[Table]:
             line[which.replace("_", " ")] = shown(sized, lambda c, which=which: integer(_size(c, which)))
         line["paper"] = shown(theirs, lambda c: number(c["generalization_accuracy"]))
         beside.append(line | {source: mean(cells[recipe]) for recipe, source in part.recipes.items()})
-        for recipe, source in part.recipes.items():
+        for recipe in part.recipes:
             if (cell := part.ours.get((recipe, place))) is not None:
-                every.append(place.words | {"source": source} | _run(cell))
+                every.append(place.words | {"source": part.source(recipe, place)} | _run(cell))
     return [
         Table(
             label,
@@ -232,7 +237,7 @@ def _routing(part: Part) -> pd.DataFrame:
     lines = [
         place.words
         | {
-            "source": part.recipes[recipe],
+            "source": part.source(recipe, place),
             "leaves in use": of(cell["leaves_used"], cell["num_leaves"]),
             "largest leaf, % of tokens": percent(cell["largest_leaf_share"]),
             "GA hard / soft": f"{percent(cell['ga_mean'])} / {percent(cell['ga_soft_mean'])}",
@@ -251,11 +256,13 @@ def _by_size(part: Part) -> Figure:
     figure = Figure(figsize=(7.0, 4.6), layout="constrained")
     panel = figure.subplots()
     lines: dict[str, list[Cell]] = {}
-    for (recipe, place), cell in part.ours.items():
-        if place != _NONE:
-            lines.setdefault(f"{place.layer}, {part.recipes[recipe]}", []).append(cell)
     # Trees before mixtures, so that they keep their colours when mixtures are run.
-    lines = dict(sorted(lines.items(), key=lambda line: (line[0].split()[0] != "tree,", line[0])))
+    order = list(part.recipes)
+    keys = sorted(part.ours, key=lambda key: (key[1].layer != "tree", key[1].layer, order.index(key[0])))
+    for recipe, place in keys:
+        if place != _NONE:
+            name = f"{place.layer}, {part.source(recipe, place)}"
+            lines.setdefault(name, []).append(part.ours[recipe, place])
     palette = figures.colors((name, name.startswith("dense")) for name in lines)
     series, sizes = [], set()
     for i, (name, cells) in enumerate(lines.items()):
@@ -269,9 +276,9 @@ def _by_size(part: Part) -> Figure:
     x, values = ([pair[i] for pair in theirs] for i in (0, 1))
     series.append(figures.Series("", x, values, None, None, "#666666", "", linestyle="--"))
     figures.accuracy_panel(panel, series, "inference size of a block (neurons)", "GA in %", sizes=sizes | set(x))
-    for recipe, source in part.recipes.items():
+    for recipe in part.recipes:
         if (cell := part.ours.get((recipe, _NONE))) is not None:
-            label = f"no feedforward layer, {source}"
+            label = f"no feedforward layer, {part.source(recipe, _NONE)}"
             panel.axhline(100 * cell["ga_mean"], color="#999999", linestyle=":", linewidth=1.2, label=label)
     panel.set_title(DATASETS.get(part.name, part.name))
     figures.legend_below(figure, [panel], columns=2, dashed="paper" if theirs else "")
