@@ -9,6 +9,7 @@ _HOME = {
     "FFF": "fff.layers.fff",
     "FeedForward": "fff.layers.dense",
     "MoE": "fff.layers.moe",
+    "NoFeedForward": "fff.layers.none",
     "PatchMoE": "fff.layers.patch_moe",
     "UltraFFF": "fff.layers.ultra_fff",
     "Record": "fff.layers.contract",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ class Batches:
     seed: with a seed, each epoch has its own order, a pure function of (seed, epoch); in a plain loop call
         `set_epoch(epoch)` before each pass, Lightning's Trainer does so by itself.
     drop_last: leave out the last batch where it is smaller than the others.
+    augment: called with each batch of x, as float32, and a generator that is a function of seed, epoch and position in
+        the epoch; needs a seed.
 
     `state_dict` holds the position within the epoch, so that a Trainer that resumes from a checkpoint written in the
     middle of an epoch goes on with the batch that would have come next.
@@ -36,10 +38,13 @@ class Batches:
         shift: Tensor | None = None,
         seed: int | None = None,
         drop_last: bool = False,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
+        if augment is not None and seed is None:
+            raise ValueError(f"augment={augment!r} needs a seed")
         self.x, self.y, self.rows = x, y, rows
         self.batch_size, self.drop_last, self.seed = batch_size, drop_last, seed
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift, self.augment = scale, shift, augment
         self.epoch = 0
         self._position = 0  # batches of this epoch handed out
         self._resume: tuple[int, int] | None = None
@@ -62,7 +67,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: nothing here runs before the first batch is asked for, which is after Lightning's set_epoch.
-        order = self._order()
+        order, seeds = self._order()
         epoch, start = self._resume or (self.epoch, 0)
         self._resume = None
         if epoch != self.epoch:
@@ -72,12 +77,16 @@ class Batches:
             x, y = self.x.index_select(0, index), self.y.index_select(0, index)
             if self.scale is not None:
                 x = x.to(torch.float32).mul_(self.scale).add_(self.shift)
+            if self.augment is not None:
+                x = self.augment(x, torch.Generator().manual_seed(seeds[position]))
             self._position = position + 1
             yield x, y
 
-    def _order(self) -> Tensor:
+    def _order(self) -> tuple[Tensor, list[int]]:
+        """The rows of this epoch, and a seed for what is random in each of its batches."""
         if self.seed is None:
-            return self.rows
+            return self.rows, []
         # Not seed + epoch: run s + 1 would then go through the orders of run s, one epoch early.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return self.rows[torch.randperm(len(self.rows), generator=generator)]
+        order = self.rows[torch.randperm(len(self.rows), generator=generator)]
+        return order, torch.randint(2**62, (len(self),), generator=generator).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ class Rows(NamedTuple):
     train_x (T, *in_shape), train_y (T,) int64: the official training split, validation rows included.
     test_x, test_y: the official test split.  scale, shift: see `Batches`; None where x is float32 already.
     digest: names the content; None where `content_digest` of the four tensors shall do so.
+    augment: see `Batches`; of the training batches alone.
     """
 
     train_x: Tensor
@@ -31,6 +33,7 @@ class Rows(NamedTuple):
     scale: Tensor | None = None
     shift: Tensor | None = None
     digest: str | None = None
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
 
 class InMemoryData(LightningDataModule, ABC):
@@ -120,10 +123,11 @@ class InMemoryData(LightningDataModule, ABC):
             shift=rows.shift,
             seed=self.seed,
             drop_last=self.drop_last,
+            augment=rows.augment,
         )
 
     def train_eval_dataloader(self) -> Batches:
-        """The rows of `train_dataloader`, each once, unshuffled, in large batches."""
+        """The rows of `train_dataloader`, each once, as they are, unshuffled, in large batches."""
         return self._unshuffled(self.rows.train_x, self.rows.train_y, self.train_rows)
 
     def val_dataloader(self) -> Batches:

@@ -1,1 +1,1 @@
-"""Layers: parameters and calls to ops, one file each; all of them keep `fff.layers.contract`."""
+"""Layers: parameters and calls to ops, one file each; all but `none` keep `fff.layers.contract`."""

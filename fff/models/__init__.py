@@ -3,5 +3,6 @@
 from fff.models.classifier import Classifier
 from fff.models.conv_classifier import ConvClassifier
 from fff.models.softmax_classifier import SoftmaxClassifier
+from fff.models.vit import VisionTransformer
 
-__all__ = ["Classifier", "ConvClassifier", "SoftmaxClassifier"]
+__all__ = ["Classifier", "ConvClassifier", "SoftmaxClassifier", "VisionTransformer"]

@@ -175,21 +175,21 @@ def accuracy(cells: pd.DataFrame, palette: dict[str, str], size: str = "inferenc
     return figure
 
 
-def entropy(history: pd.DataFrame, cells: pd.DataFrame) -> Figure | None:
-    """Mean node entropy per epoch, one panel for each family and one line for each cell, coloured by depth.
+def entropy(history: pd.DataFrame, cells: pd.DataFrame, shade: str = "depth") -> Figure | None:
+    """Mean node entropy per epoch, one panel for each family and one line for each cell, coloured by `shade`.
 
     history: columns cell, epoch, runs, node_entropy (over which nodes and rows: results/README.md).  cells: columns
-    cell, family, depth. A line ends where fewer than half of the cell's runs are still training. None if there is no
-    tree.
+    cell, family, and that of `shade`, of numbers. A line ends where fewer than half of the cell's runs are still
+    training. None if there is no tree.
     """
-    lines = history.dropna(subset=["node_entropy"]).merge(cells[["cell", "family", "depth"]], on="cell")
+    lines = history.dropna(subset=["node_entropy"]).merge(cells[["cell", "family", shade]], on="cell")
     lines = lines[lines["runs"] * 2 >= lines.groupby("cell")["runs"].transform("max")]
     if lines.empty:
         return None
     names = list(dict.fromkeys(cells["family"][cells["cell"].isin(lines["cell"])]))
-    depths = sorted(lines["depth"].unique())
+    values = sorted(lines[shade].unique())
     map_ = matplotlib.colormaps["viridis"]
-    shade = {depth: map_(0.92 * i / max(1, len(depths) - 1)) for i, depth in enumerate(depths)}
+    color = {value: map_(0.92 * i / max(1, len(values) - 1)) for i, value in enumerate(values)}
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(min(4.0 * columns, 12.0), 2.4 * rows + 0.8), layout="constrained")
@@ -200,8 +200,8 @@ def entropy(history: pd.DataFrame, cells: pd.DataFrame) -> Figure | None:
         for cell in cells["cell"]:
             line = lines[(lines["cell"] == cell) & (lines["family"] == name)]
             if len(line):
-                depth = line["depth"].iloc[0]
-                panel.plot(line["epoch"], line["node_entropy"], color=shade[depth], linewidth=1.2, label=f"{depth:g}")
+                value = line[shade].iloc[0]
+                panel.plot(line["epoch"], line["node_entropy"], color=color[value], linewidth=1.2, label=f"{value:g}")
         panel.axhline(HARD_ENTROPY, color="#888888", linestyle="--", linewidth=0.9)
         panel.axhline(np.log(2), color="#bbbbbb", linestyle=":", linewidth=0.9)
         # Logarithmic: nodes harden in a few epochs, and far below the line that is harmless.
@@ -209,11 +209,11 @@ def entropy(history: pd.DataFrame, cells: pd.DataFrame) -> Figure | None:
         panel.grid(axis="y", **_GRID)
     for panel in panels[:, 0]:
         panel.set_ylabel("mean node entropy, nats")
-    for value, text in ((HARD_ENTROPY, "0.10"), (np.log(2), "ln 2")):
+    for height, text in ((HARD_ENTROPY, "0.10"), (np.log(2), "ln 2")):
         panels.flat[len(names) - 1].annotate(
-            text, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=7
+            text, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=7
         )
-    handles = [Line2D([], [], color=shade[depth], label=f"depth {depth:g}") for depth in depths]
+    handles = [Line2D([], [], color=color[value], label=f"{shade} {value:g}") for value in values]
     mark = f"{HARD_ENTROPY:.2f}: below it rounding is harmless (FFF paper)"
     handles.append(Line2D([], [], color="#888888", linestyle="--", linewidth=0.9, label=mark))
     figure.legend(handles=handles, loc="outside lower center", ncols=8)

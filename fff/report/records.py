@@ -180,6 +180,12 @@ def columns(rows: list[Row]) -> list[str]:
     return [*_FIRST, *config, *group("metrics.", _METRICS), *_RUN, *group("hardware."), *group("versions.")]
 
 
+def _history_values(names: Iterable[str]) -> list[str]:
+    """What is told of an epoch, where a history has these names: `HISTORY`, then the entropy of each layer."""
+    layers = (name for name in names if name.startswith("node_entropy_"))
+    return [*HISTORY, *sorted(layers, key=lambda name: (len(name), name))]
+
+
 def merge_history(rows: list[Row], histories: list[tuple[str, dict[str, list]]]) -> list[Row]:
     """Mean over the runs of each cell and epoch, thinned; `runs` says over how many.
 
@@ -199,17 +205,18 @@ def merge_history(rows: list[Row], histories: list[tuple[str, dict[str, list]]])
 
 def _mean_history(name: str, runs: list[dict[str, list]]) -> list[Row]:
     sums: dict[int, dict[str, list[float]]] = {}
+    names = _history_values({key for history in runs for key in history})
     for history in runs:
         for i, epoch in enumerate(history.get("epoch", [])):
             at = sums.setdefault(epoch, {"epoch": []})
             at["epoch"].append(epoch)
-            for key in HISTORY:
+            for key in names:
                 value = history.get(key, [])[i : i + 1]
                 if value and value[0] is not None and math.isfinite(value[0]):
                     at.setdefault(key, []).append(value[0])
     return [
         {"cell": name, "epoch": str(epoch), "runs": str(len(at["epoch"]))}
-        | {key: _text(math.fsum(at[key]) / len(at[key]), digits=5) if key in at else "" for key in HISTORY}
+        | {key: _text(math.fsum(at[key]) / len(at[key]), digits=5) if key in at else "" for key in names}
         for epoch, at in sorted(sums.items())
     ]
 
@@ -223,9 +230,13 @@ def _thin(rows: list[Row]) -> list[Row]:
             epochs.add(epoch)
             epoch = max(epoch + 1, int(epoch * growth))
         thinned = [row for row in rows if int(row["epoch"]) in epochs or int(row["epoch"]) == last[row["cell"]]]
-        if len(csv_text(thinned, ("cell", "epoch", "runs", *HISTORY))) <= HISTORY_BYTES:
+        if len(_history_text(thinned)) <= HISTORY_BYTES:
             break
     return thinned
+
+
+def _history_text(rows: list[Row]) -> str:
+    return csv_text(rows, ["cell", "epoch", "runs", *_history_values({name for row in rows for name in row})])
 
 
 def csv_text(rows: list[Row], names: Iterable[str]) -> str:
@@ -279,7 +290,7 @@ def update(study: str, runs_dir: Path, results_dir: Path) -> Update:
     means = merge_history(read_csv(history), found.histories)
     files: dict[Path, str | bytes] = {
         path: csv_text(rows, columns(rows)),
-        history: csv_text(means, ("cell", "epoch", "runs", *HISTORY)),
+        history: _history_text(means),
     }
     archive = path.with_suffix(".npz")
     older = {row["run_id"] for row in rows} - {row["run_id"] for row in found.rows}

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ class Classification(LightningModule):
 
     optimizer: named parameters -> Optimizer, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`. `fused=True`
         is added where the optimiser and the parameters allow it and nothing else was asked for.
-    lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch; ReduceLROnPlateau gets the training accuracy
-        (give it `mode="max"`).
+    lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch.
+    plateau: the accuracy that a ReduceLROnPlateau gets (give it `mode="max"`), of the training or the validation rows.
     patience: epochs without a better training or validation accuracy after which training stops.
     stop_loss: mean task loss of an epoch that ends training; None: none does.
     schedules: attribute of the layers -> points of its `LayerSchedule`.
@@ -51,6 +51,7 @@ class Classification(LightningModule):
         num_classes: int,
         optimizer: Callable[..., Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        plateau: Literal["train", "val"] = "train",
         label_smoothing: float = 0.0,
         patience: int = 50,
         stop_loss: float | None = None,
@@ -64,6 +65,8 @@ class Classification(LightningModule):
         super().__init__()
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
+        if plateau not in ("train", "val"):
+            raise ValueError(f"plateau={plateau!r} must be 'train' or 'val'")
         if any(epoch < 1 for epoch in restart_from_best):
             raise ValueError(f"restart_from_best={list(restart_from_best)}: before epoch 1 there is no best")
         if not router_lr_factor > 0:
@@ -79,6 +82,7 @@ class Classification(LightningModule):
         self.num_classes = num_classes
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
+        self.plateau = plateau
         self.label_smoothing = label_smoothing
         self.keep_routes = keep_routes
         self.protocol = Protocol(patience, stop_loss)
@@ -174,7 +178,7 @@ class Classification(LightningModule):
         if self._lr_schedule is None:
             return
         if isinstance(self._lr_schedule, ReduceLROnPlateau):
-            self._lr_schedule.step(self.protocol.history["train_accuracy"][-1])
+            self._lr_schedule.step(self.protocol.history[f"{self.plateau}_accuracy"][-1])
         else:
             self._lr_schedule.step()
         if self.loggers:

@@ -70,6 +70,11 @@ class Evaluation(NamedTuple):
         return None if entropy is None else entropy.mean().item()
 
     @property
+    def layer_node_entropy(self) -> list[float]:
+        """Mean over the evaluated nodes of each layer with a tree, nan where none was."""
+        return [usage.node_entropy.nanmean().item() for usage in self.usage if usage.node_entropy is not None]
+
+    @property
     def leaves_used(self) -> int:
         """Experts with at least one row, over all layers."""
         return sum(int((usage.load > 0).sum()) for usage in self.usage)
@@ -165,7 +170,8 @@ class Protocol(Callback):
     """Keeps the books of one run; `task.results` reads them. Everything is in the checkpoint.
 
     The data module must give `train_eval_dataloader()` and `val_dataloader()`. The history's routing columns (mean
-    entropy of the evaluated nodes, experts in use) are those of the training rows.
+    entropy of the evaluated nodes, experts in use) are those of the training rows; of a model with several trees it has
+    the entropy of each too, `node_entropy_1` of the first.
     """
 
     def __init__(self, patience: int, stop_loss: float | None = None) -> None:
@@ -227,8 +233,12 @@ class Protocol(Callback):
             "node_entropy": train.mean_node_entropy,
             "leaves_used": train.leaves_used,
         }
-        for name in HISTORY:
-            self.history[name].append(row[name])
+        layers = train.layer_node_entropy
+        if len(layers) > 1:
+            known = (None if math.isnan(entropy) else entropy for entropy in layers)
+            row |= {f"node_entropy_{number}": entropy for number, entropy in enumerate(known, start=1)}
+        for name, value in row.items():
+            self.history.setdefault(name, []).append(value)
 
         pl_module.log_dict({"train_accuracy": train.accuracy, "val_accuracy": val.accuracy}, prog_bar=True)
         if trainer.loggers:  # each value costs 0.3 ms, which a sweep without a logger saves

@@ -125,7 +125,7 @@ class StopAfter(Callback):
 def fit(tmp_path, *, epochs=2, callbacks=(), checkpoint=None):
     torch.manual_seed(0)
     module = Probe()
-    data = ImageData("digits", batch_size=300, cache_dir=tmp_path / "cache")
+    data = ImageData("digits", batch_size=300, cache_dir=tmp_path / "cache", augment="affine")
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",

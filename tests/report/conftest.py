@@ -38,7 +38,7 @@ def update(runs_dir, results_dir):
 
 @pytest.fixture
 def write_run(runs_dir):
-    """Write the record of one run: a dense layer of `width`, or with `depth` a tree with leaves of `width`.
+    """Write the record of one run: a dense layer of `width`, or with `depth` a tree with leaves of `width`, or `layer`.
 
     routes: arrays by name, kept beside the record."""
 
@@ -49,6 +49,8 @@ def write_run(runs_dir):
         depth=None,
         mode="soft",
         master_width=0,
+        layer=None,
+        model=None,
         optimizer=SGD,
         schedules=None,
         data="usps",
@@ -63,7 +65,7 @@ def write_run(runs_dir):
     ) -> Path:
         tree = depth is not None
         leaves = 2**depth if tree else 1
-        layer = (
+        layer = layer or (
             {
                 "_target_": "fff.FFF",
                 "leaf_width": width,
@@ -88,6 +90,8 @@ def write_run(runs_dir):
             "data": {"name": data, "seed": seed, "split_seed": 0, "root": "/a/place"},
             "trainer": {"max_epochs": 100},
         }
+        if model:
+            config["model"] = model
         config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         run_id = f"{'fff' if tree else 'feedforward'}-{data}-s{seed}-{config_hash[:10]}"
         metrics = {

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fff.report.records import HISTORY_BYTES, collect, columns, csv_text, merge, merge_history, read_csv
+from fff.report.records import HISTORY, HISTORY_BYTES, collect, columns, csv_text, merge, merge_history, read_csv
 
 
 def read(path):
@@ -114,6 +114,23 @@ def test_history_is_the_mean_over_runs_still_training():
     rows = merge_history([], [("c", history(1, 0.2)), ("c", history(2, 0.4))])
     assert [(row["epoch"], row["runs"], row["node_entropy"]) for row in rows] == [("1", "2", "0.3"), ("2", "1", "0.4")]
     assert rows[0]["train_loss"] == ""
+
+
+def test_history_has_the_entropy_of_each_layer_where_runs_have_it(write_run, update, results_dir):
+    deep = {"epoch": [1, 2], **{f"node_entropy_{i}": [0.1 * i, None] for i in range(1, 11)}}
+    write_run(depth=1)
+    write_run(depth=1, width=4, history=deep), write_run(depth=1, width=4, seed=1, history=deep)
+    update("study")
+    path = results_dir / "runs" / "study.history.csv"
+    header = path.read_text().splitlines()[0].split(",")
+    assert header == ["cell", "epoch", "runs", *HISTORY, *(f"node_entropy_{i}" for i in range(1, 11))]
+    rows = read_csv(path)
+    assert sorted((row["runs"], row["epoch"], row["node_entropy_2"]) for row in rows) == [
+        *(("1", "1", ""), ("1", "2", ""), ("2", "1", "0.2"), ("2", "2", "")),
+    ]
+    written = path.read_bytes()
+    update("study")
+    assert path.read_bytes() == written
 
 
 def test_stored_history_stays_where_it_has_more_runs():

@@ -114,15 +114,20 @@ def test_fused_only_where_it_is_safe():
     assert not fused(partial(torch.optim.AdamW, lr=1e-3), Classifier(Priced, 4, 5).to("meta"))
 
 
-def test_learning_rate_halves_on_a_plateau_of_the_training_accuracy(scripted, scripted_data, fit, tmp_path):
+@pytest.mark.parametrize("options, rows", [({}, "train"), ({"plateau": "val"}, "val")])
+def test_learning_rate_halves_on_a_plateau_of_the_chosen_accuracy(
+    scripted, scripted_data, fit, tmp_path, options, rows
+):
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-    accuracy = [0.1, 0.2, 0.2, 0.2, 0.2, 0.2]
+    rising = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    script = {"train": rising, "val": rising, "test": rising, rows: [0.1, 0.2, 0.2, 0.2, 0.2, 0.2]}
     task = Classification(
-        scripted(train=accuracy, val=accuracy[::-1], test=accuracy),
+        scripted(**script),
         num_classes=5,
         optimizer=partial(torch.optim.SGD, lr=0.8),
         lr_schedule=partial(ReduceLROnPlateau, mode="max", factor=0.5, patience=1),
+        **options,
     )
     rates = []
 
@@ -134,6 +139,11 @@ def test_learning_rate_halves_on_a_plateau_of_the_training_accuracy(scripted, sc
     # Gains in epochs 1 and 2; two epochs without one (3, 4) halve the rate for epoch 5.
     assert rates == [0.8, 0.8, 0.8, 0.8, 0.4, 0.4]
     assert trainer.callback_metrics["lr"].item() == pytest.approx(0.2)
+
+
+def test_a_plateau_of_other_rows_is_refused(scripted):
+    with pytest.raises(ValueError, match="plateau='test'"):
+        Classification(scripted(train=[0], val=[0], test=[0]), num_classes=5, optimizer=torch.optim.SGD, plateau="test")
 
 
 def test_other_schedulers_step_once_per_epoch(data, fit):

@@ -60,6 +60,18 @@ def test_history_has_one_row_per_epoch(run):
     assert len(history["train_loss"]) == 3
 
 
+def test_history_has_the_entropy_of_each_tree_where_there_are_several(tensor_data, fit):
+    layers = [fff.FFF(4, 2, depth=1), fff.FeedForward(4, 3), fff.FFF(4, 2, out_features=5, depth=2)]
+    rows = torch.randn(30, 4), torch.arange(30) % 5
+    task = make_task(torch.nn.Sequential(*layers))
+    fit(task, data := tensor_data(rows, rows, rows), max_epochs=2)
+    history = task.results(data)["history"]
+    one, two = history.pop("node_entropy_1"), history.pop("node_entropy_2")
+    assert len(one) == len(two) == 2 and one != two and "node_entropy_3" not in history
+    # A tree of one node and a tree of three.
+    assert history["node_entropy"] == pytest.approx([(a + 3 * b) / 4 for a, b in zip(one, two, strict=True)])
+
+
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 6), (2, 7)])
 def test_training_stops_when_neither_accuracy_improved_for_patience_epochs(
     scripted, scripted_data, fit, patience, epochs
