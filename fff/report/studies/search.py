@@ -65,7 +65,8 @@ def report(data: StudyData) -> Report:
 
     seeds = runs["seed"].nunique()
     note = (
-        f"{seeds} seed{'s' * (seeds > 1)}, each with validation rows of its own; test rows were never looked at. Accuracies of the hard"
+        f"{seeds} seed{'s' * (seeds > 1)}, each with validation rows of its own; test rows were never looked at."
+        " Accuracies of the hard"
         " route in percent, best over the epochs: mean ± standard deviation of n runs on the validation rows, mean on"
         " the training rows (MA). Leaves (experts) in use: those that at least one training row reaches after the last"
         " epoch, mean. What a router brings along, as its loss weights, is no column."
