@@ -98,3 +98,8 @@ def test_runs_that_have_no_place_are_told_and_two_for_one_place_refused(write, w
     update("table3")
     with pytest.raises(ValueError, match="2 configurations for one place"):
         report(load("table3", results_dir))
+
+
+def test_other_patches_are_not_set_beside_the_paper(write, sections):
+    write(32, depth=2, model={**VIT, "patch_size": 8})
+    assert not any("83.6" in table for table in sections())
