@@ -20,8 +20,9 @@ from fff.report.cells import label, read_runs, summarize
 from fff.report.records import HISTORY, config_columns, write
 from fff.report.tables import Table
 
-# What the page of the results opens with: the first table of a study, and figures.
-_LEAD, _LEAD_FIGURES = "table1", ("table1_usps_size", "table1_usps_leaves", "clusters_accuracy")
+# What the page of the results opens with: the first table of these studies, and figures.
+_LEADS = ("table2", "table1")
+_LEAD_FIGURES = ("table2_width", "table1_usps_size", "table1_usps_leaves", "clusters_accuracy")
 
 
 class StudyData(NamedTuple):
@@ -173,7 +174,7 @@ def update_readme(results_dir: Path) -> None:
     path = results_dir / "README.md"
     if not path.exists():
         return
-    parts, lead = [], []
+    parts, headlines = [], {}
     files = sorted((results_dir / "tables").glob("*.md"))
     for table in files:
         study = table.stem
@@ -184,9 +185,10 @@ def update_readme(results_dir: Path) -> None:
         parts += [f"### {study}", "", f"All tables: [tables/{study}.md](tables/{study}.md)", ""]
         parts += [first]
         parts += [_image(figure.name) for figure in drawn]
-        lead += [first] if study == _LEAD else []
-    lead += [_image(f"{name}.svg") for name in _LEAD_FIGURES if (results_dir / "figures" / f"{name}.svg").exists()]
-    update_block(path, "\n".join(lead), "generated lead")
+        headlines[study] = first
+    opening = [headlines[study] for study in _LEADS if study in headlines]
+    opening += [_image(f"{name}.svg") for name in _LEAD_FIGURES if (results_dir / "figures" / f"{name}.svg").exists()]
+    update_block(path, "\n".join(opening), "generated lead")
     update_block(path, "\n".join(parts))
 
 
