@@ -22,8 +22,6 @@ VARIANTS = [
     ("fff", {"mode": "straight_through", "top_k": 2, "depth": 3}),
     ("fff", {"mode": "straight_through", "depth": 9, "leaf_width": 2}),
     ("fff", {"master_width": 3, "depth": 2}),
-    ("fff", {"mode": "straight_through", "base": True}),
-    ("moe", {"base": True}),
     ("ultra_fff", {"depth": 8, "num_trees": 2}),
 ]
 
