@@ -1,0 +1,17 @@
+"""Routed layers in other people's models: blocks replaced, dense layers converted, upstream weights read."""
+
+from fff.adapt.blocks import Block, feedforward_blocks, known_block
+from fff.adapt.convert import Conversion, from_dense, relative_error
+from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
+
+__all__ = [
+    "Block",
+    "Conversion",
+    "Replacement",
+    "feedforward_blocks",
+    "from_dense",
+    "known_block",
+    "relative_error",
+    "replace_feedforward",
+    "timm_mlp",
+]
