@@ -1,6 +1,12 @@
 """Routed layers in other people's models: blocks replaced, dense layers converted, upstream weights read."""
 
 from fff.adapt.blocks import Block, feedforward_blocks, known_block
+from fff.adapt.checkpoints import (
+    from_fastfeedforward,
+    from_ultrafastbert,
+    to_fastfeedforward,
+    to_ultrafastbert,
+)
 from fff.adapt.convert import Conversion, from_dense, relative_error
 from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
 
@@ -10,8 +16,12 @@ __all__ = [
     "Replacement",
     "feedforward_blocks",
     "from_dense",
+    "from_fastfeedforward",
+    "from_ultrafastbert",
     "known_block",
     "relative_error",
     "replace_feedforward",
     "timm_mlp",
+    "to_fastfeedforward",
+    "to_ultrafastbert",
 ]
