@@ -8,17 +8,21 @@ from fff.adapt.checkpoints import (
     to_ultrafastbert,
 )
 from fff.adapt.convert import Conversion, from_dense, relative_error
+from fff.adapt.inspection import Inspection, inspect, prune
 from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
 
 __all__ = [
     "Block",
     "Conversion",
+    "Inspection",
     "Replacement",
     "feedforward_blocks",
     "from_dense",
     "from_fastfeedforward",
     "from_ultrafastbert",
+    "inspect",
     "known_block",
+    "prune",
     "relative_error",
     "replace_feedforward",
     "timm_mlp",
