@@ -92,8 +92,8 @@ def from_dense(
         half, sum of a_j^2 |v_j|^2. (After MoEfication, Zhang et al. 2022,
         arXiv 2110.01786, which clusters units likewise and trains a flat router.)
     leaf_width: L of "inputs", 1 .. H; default H / 2^d, rounded down, at least 1. L = H is exact at any depth.
-    calibration: (..., D) inputs as the layer sees them in its model; at least 2^d rows, needed where depth > 0. A few
-        hundred rows per leaf make means and variances of units trustworthy.
+    calibration: (..., D) inputs as the layer sees them in its model, for which a forward hook on linear1 may look; at
+        least 2^d rows, needed where depth > 0. Means and variances of the units of a leaf come from its rows alone.
     options: further arguments of `fff.FFF`; mode defaults to "straight_through", whose training begins at what
         evaluation computes. On the rows of each node its logit has unit variance.
 
@@ -122,7 +122,7 @@ def from_dense(
         **{"mode": "straight_through", **options},
     )
     layer.to(device=dense.w_in.device, dtype=linear2.weight.dtype)
-    x = None if calibration is None else calibration.detach().flatten(0, -2).to(dense.w_in)
+    x = None if calibration is None else _rows(calibration, dense)
     every = torch.arange(width, device=dense.w_in.device)
     if depth == 0:
         _fill(layer, 0, dense, every, None)
@@ -151,7 +151,14 @@ def relative_error(
 ) -> float:
     """The error of `Conversion`, of any layer in evaluation, on any rows (..., D)."""
     dense, _, _ = _read(linear1, linear2)
-    return _error(layer, dense, activation, x.flatten(0, -2).to(dense.w_in))
+    return _error(layer, dense, activation, _rows(x, dense))
+
+
+def _rows(x: Tensor, dense: _Dense) -> Tensor:
+    in_features = dense.w_in.shape[2]
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"inputs have shape {tuple(x.shape)}, but the layer takes {in_features} features")
+    return x.detach().reshape(-1, in_features).to(dense.w_in)
 
 
 def _read(linear1: nn.Module | Sequence[nn.Module], linear2: nn.Module) -> tuple[_Dense, bool, bool]:

@@ -171,3 +171,5 @@ def test_errors_name_the_argument():
         from_dense(nn.Linear(D, 9), "relu", last)
     with pytest.raises(ValueError, match="no linear map"):
         from_dense(nn.ReLU(), "relu", last)
+    with pytest.raises(ValueError, match="shape \\(7, 5\\)"):
+        from_dense(first, "relu", last, calibration=x[:, :5])

@@ -168,6 +168,7 @@ def test_bert_converts_layer_by_layer():
     model, tokens = transformers_model("bert")
     model.eval()
     blocks = feedforward_blocks(model)
+    assert all(block.activation is nn.functional.gelu for block in blocks.values())  # which native kernels know
     seen = {}
     hooks = [
         block.first[0].register_forward_hook(lambda _, x, __, name=name: seen.update({name: x[0]}))
