@@ -117,6 +117,20 @@ def test_units_are_shared_out():
     assert {tuple(row) for row in layer.w_in.flatten(0, 1).tolist()} == rows and layer.w_in.shape[:2] == (4, H // 4)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("method", ["inputs", "units"])
+def test_errors_of_a_leaf_add_up_to_nothing(method, gated):
+    """The constant of a leaf stands for the mean of what it left out."""
+    first, last = dense(gated=gated)
+    x = torch.randn(200, D)
+    layer = from_dense(first, "gelu", last, depth=2, method=method, calibration=x).layer.eval()
+    difference = layer(x) - output(first, F.gelu, last, x)
+    assert difference.abs().mean() > 0.01
+    for leaf in range(4):
+        of_leaf = difference[layer.record.index[:, 0] == leaf]
+        torch.testing.assert_close(of_leaf.sum(0), torch.zeros(O), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["inputs", "units"])
 def test_training_begins_at_what_evaluation_computes(method):
     first, last = dense()

@@ -73,6 +73,13 @@ def test_pruned_depth_by_hand(corners, depth):
     assert layer.depth == 2 and layer.w_in.shape[0] == 4
 
 
+def test_fillers_send_all_rows_right_between_two_copies():
+    small = prune(plane(), torch.tensor([3, 2, 5, 0]))
+    assert small.depth == 2 and torch.equal(small.w_in[2], small.w_in[3])
+    assert small.node_weight[2].tolist() == [0, 0] and small.node_bias[2] == 0
+    assert inspect(small, CORNERS).leaf.flatten().tolist() == [0, 1, 3, 3]
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_trees": 2}, {"node_width": 3}, {"base": True, "num_trees": 2}, {"master_width": 2}, {"bias": False},

@@ -173,6 +173,16 @@ def test_a_forward_that_does_more_is_left_alone():
         def forward(self, x):
             return self.fc2(self.fc1(self.attention(x)))
 
+    class Maxout(nn.Module):
+        """Three pieces for each hidden unit."""
+
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(D, 3 * H), nn.Linear(H, D)
+
+        def forward(self, x):
+            return self.fc2(self.fc1(x).unflatten(-1, (3, H)).amax(-2))
+
     class Bloom(NanoMlp):
         def forward(self, x, residual):
             return super().forward(x) + residual
@@ -181,7 +191,7 @@ def test_a_forward_that_does_more_is_left_alone():
         def _ff_block(self, x):
             return x * super()._ff_block(x)
 
-    for module in (Opt(), Bloom(), Gated(D, 2, H)):
+    for module in (Opt(), Maxout(), Bloom(), Gated(D, 2, H)):
         assert known_block(module) is None
 
 
