@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fff.layers.fff import FFF
+from fff.layers.upstream import check_upstream_form, to_our_layout
 
 
 def upstream_copy(layer: FFF) -> nn.Module:
     """A `fastfeedforward.FFF` that computes what `layer` computes in mode "soft"; ModuleNotFoundError without it.
 
-    ValueError for what upstream has no form of: parallel trees, a master leaf, node networks, gated units, no biases.
+    ValueError for what upstream has no form of, see `check_upstream_form`.
     """
-    plain = layer.num_trees == layer.top_k == layer.node_width == 1 and not layer.master_width and not layer.glu
-    if not plain or layer.b_in is None:
-        raise ValueError(f"layer={layer} has no upstream form")
+    check_upstream_form(layer)
     from fastfeedforward import FFF as Upstream
 
     other = Upstream(
@@ -38,19 +37,7 @@ def upstream_copy(layer: FFF) -> nn.Module:
 
 def in_our_layout(other: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
     """Views of upstream's parameters, or of their gradients, under the names and shapes of `fff.FFF`."""
-
-    def get(name: str) -> Tensor:
-        parameter = getattr(other, name)
-        return parameter.grad if grad else parameter
-
-    return {
-        "w_in": get("w1s").mT,
-        "b_in": get("b1s"),
-        "w_out": get("w2s"),
-        "b_out": get("b2s"),
-        "node_weight": get("node_weights"),
-        "node_bias": get("node_biases").squeeze(-1),
-    }
+    return to_our_layout({name: p.grad if grad else p for name, p in other.named_parameters()})
 
 
 @torch.no_grad()

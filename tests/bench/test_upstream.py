@@ -9,7 +9,9 @@ from fff.bench.upstream import in_our_layout, missing_bias, upstream_copy
 pytest.importorskip("fastfeedforward")
 
 
-@pytest.mark.parametrize("keywords", [{"num_trees": 2}, {"bias": False}, {"glu": True}, {"master_width": 4}])
+@pytest.mark.parametrize(
+    "keywords", [{"num_trees": 2}, {"bias": False}, {"glu": True}, {"master_width": 4}, {"base": True}]
+)
 def test_layers_beyond_upstream_are_refused(keywords):
     with pytest.raises(ValueError, match="no upstream form"):
         upstream_copy(FFF(6, 3, depth=2, **keywords))

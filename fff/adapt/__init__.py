@@ -1,0 +1,31 @@
+"""Routed layers in other people's models: blocks replaced, dense layers converted, upstream weights read."""
+
+from fff.adapt.blocks import Block, feedforward_blocks, known_block
+from fff.adapt.checkpoints import (
+    from_fastfeedforward,
+    from_ultrafastbert,
+    to_fastfeedforward,
+    to_ultrafastbert,
+)
+from fff.adapt.convert import Conversion, from_dense, relative_error
+from fff.adapt.inspection import Inspection, inspect, prune
+from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
+
+__all__ = [
+    "Block",
+    "Conversion",
+    "Inspection",
+    "Replacement",
+    "feedforward_blocks",
+    "from_dense",
+    "from_fastfeedforward",
+    "from_ultrafastbert",
+    "inspect",
+    "known_block",
+    "prune",
+    "relative_error",
+    "replace_feedforward",
+    "timm_mlp",
+    "to_fastfeedforward",
+    "to_ultrafastbert",
+]

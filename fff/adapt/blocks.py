@@ -1,0 +1,220 @@
+"""Where a model has its feedforward blocks: found by names and widths of linear maps, not by importing its library.
+
+D input width, H hidden width, O output width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Widths(NamedTuple):
+    """What a linear map takes and gives."""
+
+    in_features: int
+    out_features: int
+
+
+class Block(NamedTuple):
+    """A feedforward block D -> H -> O of some module, and how another layer gets into its place.
+
+    kind: its name in reports.
+    first: the map D -> H; of a gated block the maps of gate and value, in this order, or one map D -> 2 H of both.
+    last: the map H -> O.
+    activation: what stands between them, of a gated block behind the gate; None where the block does not show it.
+    place: child of the module that the new layer takes the place of, as a dotted path; "" is the module itself.
+    idle: attributes of the module, as dotted paths, that become identities: the new layer does their work.
+    dropout: of the output; it stays behind a new layer that takes the place of the module itself.
+    """
+
+    kind: str
+    first: tuple[nn.Module, ...]
+    last: nn.Module
+    activation: Callable[[Tensor], Tensor] | None = None
+    place: str = ""
+    idle: tuple[str, ...] = ()
+    dropout: nn.Dropout | None = None
+
+    @property
+    def in_features(self) -> int:
+        return _widths_of(self.first[0]).in_features
+
+    @property
+    def out_features(self) -> int:
+        return _widths_of(self.last).out_features
+
+
+Match = Callable[[str, nn.Module], Block | None]
+
+# Names of the first maps, the last one, and the dropout behind it.
+_WHOLE = {
+    "Mlp": (("fc1",), "fc2", "drop2"),  # timm; packed too (GluMlp), where fc1 is twice as wide
+    "SwiGLU": (("fc1_g", "fc1_x"), "fc2", "drop2"),  # timm
+    "GPT-2": (("c_fc",), "c_proj", "dropout"),  # also nanoGPT and its kin
+    "Llama": (("gate_proj", "up_proj"), "down_proj", None),
+    "Llama, w1 w2 w3": (("w1", "w3"), "w2", None),  # as Meta published it
+}
+_ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu", "intermediate_act_fn")
+_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def linear_widths(module: nn.Module) -> Widths | None:
+    """Widths of a linear map: `nn.Linear`, what has its attributes, or the transposed `Conv1D` of GPT-2; else None."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return None
+    if _is_transposed(module):
+        return Widths(*weight.shape)
+    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return Widths(*widths) if all(isinstance(width, int) for width in widths) else None
+
+
+def linear_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(O, D) weight and (O,) bias or None, detached; ValueError for what is no linear map."""
+    _widths_of(module)
+    weight, bias = module.weight.detach(), getattr(module, "bias", None)
+    return weight.T if _is_transposed(module) else weight, None if bias is None else bias.detach()
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _widths_of(module: nn.Module) -> Widths:
+    widths = linear_widths(module)
+    if widths is None:
+        raise ValueError(f"{module} is no linear map")
+    return widths
+
+
+def known_block(module: nn.Module) -> Block | None:
+    """The feedforward block of a module of a known kind, else None.
+
+    Known are Mlp, GluMlp and SwiGLU of timm, BERT, GPT-2 and Llama of transformers and what is built as they are
+    (nanoGPT too), and torch's `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`; each with D = O.
+    """
+    if isinstance(module, _TORCH):
+        return _torch_block(module)
+    return _bert_block(module) or _whole_block(module)
+
+
+def _torch_block(module: nn.Module) -> Block | None:
+    kind = next(kind for kind in _TORCH if isinstance(module, kind))
+    if type(module)._ff_block is not kind._ff_block:
+        return None  # a subclass computes something else
+    return Block(
+        kind.__name__,
+        (module.linear1,),
+        module.linear2,
+        module.activation,
+        place="linear1",
+        idle=("activation", "dropout", "linear2"),
+    )
+
+
+def _bert_block(module: nn.Module) -> Block | None:
+    """`intermediate` is the first map and the activation; `output` the last map, and dropout, residual and norm."""
+    intermediate, output = (getattr(module, name, None) for name in ("intermediate", "output"))
+    if not isinstance(intermediate, nn.Module) or not isinstance(output, nn.Module):
+        return None
+    first, last = (getattr(part, "dense", None) for part in (intermediate, output))
+    alone = _parameters(intermediate) == _parameters(first) and _takes_one_tensor(intermediate)
+    if not alone or not _returns((first,), last):
+        return None
+    return Block("BERT", (first,), last, _activation(intermediate), place="intermediate", idle=("output.dense",))
+
+
+def _whole_block(module: nn.Module) -> Block | None:
+    for kind, (first_names, last_name, dropout_name) in _WHOLE.items():
+        first = tuple(getattr(module, name, None) for name in first_names)
+        last = getattr(module, last_name, None)
+        if not _returns(first, last):
+            continue
+        # With parameters elsewhere, or more to be told than x, its forward does more than the block.
+        norm = getattr(module, "norm", None)
+        if _parameters(module) != _parameters(*first, last, norm) or not _takes_one_tensor(module):
+            continue
+        plain = not _parameters(norm) and not getattr(module, "gate_last", False)
+        dropout = getattr(module, dropout_name, None) if dropout_name else None
+        return Block(
+            kind,
+            first,
+            last,
+            _activation(module) if plain else None,
+            dropout=dropout if isinstance(dropout, nn.Dropout) else None,
+        )
+    return None
+
+
+def _returns(first: tuple[nn.Module | None, ...], last: nn.Module | None) -> bool:
+    """Whether the widths go D -> H -> D, or D -> 2 H, H -> D through a gate packed into one map."""
+    if last is None or None in first:
+        return False
+    ends, out = {linear_widths(module) for module in first}, linear_widths(last)
+    if len(ends) != 1 or None in ends or out is None:
+        return False
+    (widths,) = ends
+    hidden = {out.in_features, 2 * out.in_features} if len(first) == 1 else {out.in_features}
+    return widths.in_features == out.out_features and widths.out_features in hidden
+
+
+def _parameters(*modules: nn.Module | None) -> set[nn.Parameter]:
+    return {parameter for module in modules if module is not None for parameter in module.parameters()}
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    needed = [
+        parameter
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
+    ]
+    return len(needed) == 1
+
+
+def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    found = (getattr(module, name, None) for name in _ACTIVATIONS)
+    activation = next((activation for activation in found if callable(activation)), None)
+    # The kernels know functions by name, and this class of transformers is the exact GELU under one of its own.
+    return F.gelu if type(activation).__name__ == "GELUActivation" else activation
+
+
+def feedforward_blocks(model: nn.Module, match: Match | None = None) -> dict[str, Block]:
+    """The feedforward blocks of a model by module name, in module order; none within another.
+
+    match: called as `match(name, module)` for the model and every module in it, gives a `Block` or None. The default
+        asks `known_block(module)`.
+
+    ValueError if there is none; it lists the modules that look as if they were one.
+    """
+    blocks: dict[str, Block] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in blocks if not blocks[outer].place):
+            continue
+        block = known_block(module) if match is None else match(name, module)
+        if block is not None:
+            blocks[name] = block
+    if blocks:
+        return blocks
+    candidates = "; ".join(_candidates(model)) or "none"
+    raise ValueError(
+        f"model={type(model).__name__} has no feedforward block of a known kind, or none that `match` takes. "
+        f"Modules with two linear maps D -> H -> D: {candidates}. "
+        "Pass match=..., a function of (name, module) that returns a fff.adapt.Block or None"
+    )
+
+
+def _candidates(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        maps = [(child, widths) for child, part in module.named_children() if (widths := linear_widths(part))]
+        for i, (first, (width, hidden)) in enumerate(maps):
+            last = next((child for child, widths in maps[i + 1 :] if widths == (hidden, width)), None)
+            if last is not None and hidden != width:  # equal widths are those of attention
+                path = f"{width} -> {hidden} -> {width}"
+                yield f"{name or 'the model itself'} ({type(module).__name__}: {first}, {last}, {path})"
+                break
