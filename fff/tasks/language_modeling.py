@@ -35,6 +35,7 @@ from fff.tasks.task import RoutedTask
 from fff.tasks.text_routes import measure_text_routes
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+_BOOKS = ("history", "best_loss", "best_epoch", "best_weights", "speeds", "diverged", "training_backend")
 _MEASURED = ("test_loss", "bits_per_character", "perplexity", "test_loss_soft", "test_accuracy", *USAGE_METRICS)
 
 
@@ -73,8 +74,15 @@ class LanguageModeling(RoutedTask):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.build_optimizer()
-        factor = warmup_cosine(self.warmup_steps, self.trainer.estimated_stepping_batches, self.final_lr)
+        factor = warmup_cosine(self.warmup_steps, self._num_steps(), self.final_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def _num_steps(self) -> int:
+        """Of the optimiser in the whole run."""
+        # Not the Trainer's own estimate: it sets up the loader before a resumed run has restored its place in it.
+        limit, batches = self.trainer.limit_train_batches, len(self.trainer.datamodule.train_dataloader())
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+        return self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def protocol_callbacks(self) -> list[Callback]:
         # The protocol evaluates the validation rows itself, by the same code as all other rows.
@@ -201,7 +209,7 @@ class LanguageProtocol(Callback):
         self._tokens, self._start = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: getattr(self, name) for name in _BOOKS}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
