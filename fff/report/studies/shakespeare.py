@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fff.report import figures
 from fff.report.cells import summarize
@@ -182,6 +183,7 @@ def _curves(history: pd.DataFrame, found: dict[str, Cell]) -> Figure:
                 style = "-" if i < len(figures.PALETTE) else "--"
                 panel.plot(own["epoch"], own[name], color=palette[model], linestyle=style, linewidth=1.2, label=model)
         panel.set(title=title, xlabel="epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panels[0].set_ylabel("loss, nats per character")
     figures.legend_below(figure, panels, columns=3)
@@ -201,6 +203,7 @@ def _classes(kept: dict[str, list[Arrays]]) -> Figure:
         share = count / np.maximum(count.sum(1, keepdims=True), 1)
         panel.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         panel.set(title=model, xlabel="leaf or expert")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_yticks(range(len(count)), list(arrays[0]["classes"]))
         panel.tick_params(labelsize=6, length=2)
     for panel in list(figure.axes)[len(kept) :]:
