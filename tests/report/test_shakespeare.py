@@ -1,4 +1,4 @@
-"""The tables of the language model: bits and cost by layer, and what leaves know of characters, by hand-worked counts."""
+"""The tables of the language model: bits and cost by layer, and what leaves know of characters, counted by hand."""
 
 import numpy as np
 import pandas as pd
