@@ -110,10 +110,9 @@ class LanguageModeling(RoutedTask):
         else:
             measured, evaluated = dict.fromkeys(_MEASURED), protocol.training_backend
             evaluate(self.model, data.val_dataloader())  # layers tell their experts by their records
-        best = protocol.best_loss if protocol.best_weights else None
         metrics = {
-            "val_loss": best,
-            "val_epochs": protocol.best_epoch,
+            "val_loss": protocol.best_loss if protocol.best_weights else None,
+            "val_epochs": protocol.best_epoch or None,
             **measured,
             "diverged": protocol.diverged,
             **model_metrics(self.model),

@@ -132,6 +132,8 @@ def test_a_missing_set_is_told_once_and_before_anything_starts(make_config, plan
     assert outcome.status == "failed" and outcome.error.startswith("FileNotFoundError: data set 'svhn' not found")
     with pytest.raises(ConfigError, match="data set 'usps' not found: .*data=random_labels"):
         plan("data=digits,random_labels", "seed=0,1")
+    with pytest.raises(ConfigError, match="'tiny_shakespeare' not found: neither as .*input.txt"):
+        plan("data=digits,tiny_shakespeare")
 
 
 def test_the_commit_is_that_of_the_code_and_taken_before_the_training(make_config, monkeypatch, tmp_path):

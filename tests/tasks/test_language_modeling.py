@@ -160,7 +160,7 @@ def test_an_epoch_that_is_not_finite_ends_the_run_and_is_never_the_best(data, fi
     fit(task, module, max_epochs=5, limit_train_batches=3)
     metrics = task.results(module)["metrics"]
     assert metrics["diverged"] and metrics["epochs"] == 1
-    assert metrics["val_loss"] is None and metrics["test_loss"] is None and metrics["num_leaves"] == 8
+    assert metrics["val_loss"] is metrics["val_epochs"] is metrics["test_loss"] is None and metrics["num_leaves"] == 8
     assert task.routes(module) is None
 
 
