@@ -103,6 +103,12 @@ def test_what_a_leaf_tells_of_the_class_of_a_character(report, count, chance, to
     assert ">class 0<" in drawn["routing"]
 
 
+def test_what_a_leaf_has_of_a_class_is_set_against_its_load():
+    # Leaf 0 has 3 of 4 characters: half of the first class and all of the second. The third is not in the text.
+    found = shakespeare._excess(np.array([[1, 1, 0], [2, 0, 0], [0, 0, 0]]))
+    assert found.tolist() == [[-25, 25], [25, -25], [0, 0]]
+
+
 def test_a_layer_whose_runs_kept_no_routes_is_told(report):
     made, text, drawn = report((TREE, 1.0, None), (ULTRA, 1.0, None))
     assert len(made.remarks) == 2 and "keep_routes" in made.remarks[0] and set(drawn) == {"curves"}

@@ -191,21 +191,27 @@ def _curves(history: pd.DataFrame, found: dict[str, Cell]) -> Figure:
 
 
 def _classes(kept: dict[str, list[Arrays]]) -> Figure:
-    """Share of the characters of each class that the last block sends to each leaf, of the first seed of each layer."""
+    """By how much a leaf of the last block has more of a class than of all characters, in the first seed of each."""
     columns = min(3, len(kept))
     rows = -(-len(kept) // columns)
-    figure = Figure(figsize=(4.0 * columns, 2.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, (model, arrays) in zip(panels, kept.items(), strict=False):
-        count = arrays[0]["count"][-1]
-        # Of several trees the first alone is counted.
-        count = count[:, : int(np.flatnonzero(count.sum(0)).max()) + 1]
-        share = count / np.maximum(count.sum(1, keepdims=True), 1)
-        panel.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    figure = Figure(figsize=(4.0 * columns + 0.6, 2.4 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    excess = {model: _excess(arrays[0]["count"][-1]) for model, arrays in kept.items()}
+    limit = max(float(np.abs(points).max()) for points in excess.values()) or 1.0
+    for panel, (model, points) in zip(panels, excess.items(), strict=False):
+        image = panel.imshow(points, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         panel.set(title=model, xlabel="leaf or expert")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_yticks(range(len(count)), list(arrays[0]["classes"]))
+        panel.set_yticks(range(len(points)), list(kept[model][0]["classes"]))
         panel.tick_params(labelsize=6, length=2)
-    for panel in list(figure.axes)[len(kept) :]:
+    for panel in panels[len(kept) :]:
         panel.remove()
+    figure.colorbar(image, ax=panels[: len(kept)], label="above its load, points")
     return figure
+
+
+def _excess(count: np.ndarray) -> np.ndarray:
+    """In points, (C, E); 0 for a class that is not in the text. Of several trees the first alone is counted."""
+    count = count[:, : int(np.flatnonzero(count.sum(0)).max()) + 1]
+    of_class, every = count.sum(1, keepdims=True), count.sum(0) / count.sum()
+    return np.where(of_class > 0, 100 * (count / np.maximum(of_class, 1) - every), 0.0)
