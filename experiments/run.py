@@ -117,6 +117,8 @@ def summary(record: dict[str, Any]) -> str:
     """The measured values that say most, in one line."""
     metrics = record["metrics"]
     parts = [f"{name} {100 * metrics[name]:.1f} %" for name in ("ma", "ga") if metrics.get(name) is not None]
+    if metrics.get("bits_per_character") is not None:
+        parts.append(f"{metrics['bits_per_character']:.3f} bits per character")
     if (metrics.get("num_leaves") or 0) > 1 and metrics["leaves_used"] is not None:
         parts.append(f"leaves {metrics['leaves_used']}/{metrics['num_leaves']}")
     if metrics.get("diverged"):

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from .check import ConfigError
 from .config import config_hash, explain, identity, run_dir
-from .dataset import check_data, image_places, other_rows
+from .dataset import check_data, other_rows, stored_places
 from .run import summary
 from .store import ERROR, RESULT, is_locked, lock, read_record
 
@@ -103,7 +103,7 @@ class RunSweeper(Sweeper):
                 if record is not None:
                     finished.add(job.run_dir)
                     other += [job.run_dir / RESULT] if other_rows(data, record) else []
-                elif (places := image_places(data)) not in checked:
+                elif (places := stored_places(data)) not in checked:
                     checked.append(places)
                     check_data(data)
             except Exception as error:

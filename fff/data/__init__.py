@@ -13,6 +13,7 @@ _HOME = {
     "RandomLabels": "fff.data.random_labels",
     "RotatedImages": "fff.data.rotate",
     "Rows": "fff.data.module",
+    "TextData": "fff.data.text",
 }
 
 __all__ = sorted(_HOME)

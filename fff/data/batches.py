@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Batches:
-    """Iterable of (x float32 (B, *in_shape), y int64 (B,)), without worker processes or per-row Python.
+    """Iterable of (x (B, *in_shape), y int64 (B,)), without worker processes or per-row Python.
 
-    x: all rows, float32, or uint8 turned into float32 batch by batch as `x * scale + shift`: a quarter of the memory,
-        and faster than indexing a float copy.
+    x: all rows: float32; or uint8, turned into float32 batch by batch as `x * scale + shift`, which takes a quarter of
+        the memory and is faster than indexing a float copy; or int64 tokens (B, P), with as many targets y (B, P).
     rows: the rows to go through, in this order unless `seed` is given.
     seed: with a seed, each epoch has its own order, a pure function of (seed, epoch); in a plain loop call
         `set_epoch(epoch)` before each pass, Lightning's Trainer does so by itself.

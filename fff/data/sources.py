@@ -1,4 +1,4 @@
-"""Where image sets come from, and whether they can be had: known without importing torch."""
+"""Where image sets and texts come from, and whether they can be had: known without importing torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FORMAT = 2  # of the cache files; a change of what is stored raises it
 
 
 class Source(NamedTuple):
-    """Where an image set lies and how its columns are called.
+    """Where an image set or a text lies and how the columns of the former are called.
 
     revision: commit of the Hub repository.  config: its name where the repository has several.
-    digest: of the decoded rows (`content_digest`), for a set whose revision is not a commit.
+    digest: of the decoded rows (`content_digest`), for a set whose revision is not a commit; SHA-256 of a text.
     """
 
     hub_id: str
@@ -43,22 +43,36 @@ SOURCES = {
     "cifar100": Source("uoft-cs/cifar100", "aadb3af77e9048adbea6b47c21a81e47dd092ae5", image="img", label="fine_label"),
     "svhn": Source("ufldl-stanford/svhn", "f9e1717d73324ebbc1ece84267ccd80d0aca0690", config="cropped_digits"),
 }
+TEXTS = {
+    "tiny_shakespeare": Source(
+        "karpathy/tiny_shakespeare",
+        # The repository itself holds a script, which `datasets` runs no more: the Hub's own conversion of it.
+        "refs/convert/parquet",
+        digest="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+}
 # Spelled out for readers of the source, `experiments.check` among them.
 Name = Literal["digits", "usps", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"]
+TextName = Literal["tiny_shakespeare"]
 NAMES = get_args(Name)
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")  # of `datasets`, which reads them when it is imported
 
 
 def check_available(name: str, root: str | Path | None = None, cache_dir: str | Path | None = None) -> None:
-    """Raise FileNotFoundError (one line) if there is nothing that `load_images` could read; what there is stays unread.
+    """Raise FileNotFoundError (one line) if there is nothing that `load_images` or `load_text` could read; what there
+    is stays unread.
 
     Takes milliseconds, or 1.5 s where the Hub does not answer.
     """
-    check_name(name)
-    if name == "digits" or local_folder(name, root) is not None or cache_file(name, root, cache_dir).is_file():
-        return
+    if name in TEXTS:
+        if text_file(name, root) is not None:
+            return
+    else:
+        check_name(name)
+        if name == "digits" or local_folder(name, root) is not None or cache_file(name, root, cache_dir).is_file():
+            return
     if is_offline():
-        if not _stored_by_client(SOURCES[name].hub_id):
+        if not _stored_by_client(_source(name).hub_id):
             raise not_found(name, root, "offline, and the Hub client has stored nothing of it")
     elif not _hub_reachable():
         # `datasets` itself would try for 23 s.
@@ -87,6 +101,18 @@ def local_folder(name: str, root: str | Path | None) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
+def text_file(name: str, root: str | Path | None) -> Path | None:
+    """`<root>/<name>/input.txt` where there is one; ValueError for no text of ours."""
+    if name not in TEXTS:
+        raise ValueError(f"name must be one of {', '.join(TEXTS)}, got {name!r}")
+    path = Path(root).expanduser() / name / "input.txt" if root else None
+    return path if path is not None and path.is_file() else None
+
+
+def _source(name: str) -> Source:
+    return TEXTS[name] if name in TEXTS else SOURCES[name]
+
+
 def cache_file(name: str, root: str | Path | None, cache_dir: str | Path | None) -> Path:
     return _cache_folder(cache_dir) / f"{name}-{_fingerprint(name, local_folder(name, root))}.safetensors"
 
@@ -113,10 +139,13 @@ def _fingerprint(name: str, folder: Path | None) -> str:
 
 
 def not_found(name: str, root: str | Path | None, why: str) -> FileNotFoundError:
-    folder = f"<root>/{name} (root, or FFF_DATA_DIR, is not set)" if not root else Path(root).expanduser() / name
-    hub_id = SOURCES[name].hub_id
+    file = "/input.txt" if name in TEXTS else ""
+    place = Path(root).expanduser() / name if root else f"<root>/{name}"
+    unset = "" if root else " (root, or FFF_DATA_DIR, is not set)"
+    kind = "as" if file else "in the folder"
+    hub_id = _source(name).hub_id
     return FileNotFoundError(
-        f"data set {name!r} not found: neither in the folder {folder} nor on the Hub as {hub_id!r} ({why})"
+        f"data set {name!r} not found: neither {kind} {place}{file}{unset} nor on the Hub as {hub_id!r} ({why})"
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from fff.models.transformer import Block
 
 
 class VisionTransformer(nn.Module):
@@ -37,8 +38,6 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if len(in_shape) != 3 or in_shape[1] % patch_size or in_shape[2] % patch_size:
             raise ValueError(f"in_shape={tuple(in_shape)} must be channels and multiples of patch_size={patch_size}")
-        if dim % heads:
-            raise ValueError(f"heads={heads} must divide dim={dim}")
         channels, height, width = in_shape
         self.embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         num_tokens = (height // patch_size) * (width // patch_size)
@@ -53,32 +52,3 @@ class VisionTransformer(nn.Module):
         tokens = self.embed(x).flatten(2).transpose(1, 2).contiguous()
         tokens = self.blocks(self.dropout(tokens + self.position))
         return self.head(self.norm(tokens).mean(1))
-
-
-class Block(nn.Module):
-    """(B, P, D) -> (B, P, D): attention, then the feedforward layer, each added to what it has normalised."""
-
-    def __init__(self, make_ff: Callable[..., nn.Module], dim: int, heads: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads)
-        self.ff_norm = nn.LayerNorm(dim)
-        self.ff = make_ff(dim, out_features=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.ff(self.ff_norm(x))
-
-
-class Attention(nn.Module):
-    """Every token attends to every token: (B, P, D) -> (B, P, D)."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, P, d)
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))

@@ -26,6 +26,7 @@ _FIRST = ("study", "recipe", "run_id", "cell", "seed", "config_hash")
 _METRICS = (
     *("ma", "ma_epochs", "ga", "ga_epochs", "val_accuracy", "ma_soft", "ga_soft", "diverged"),
     *("leaves_used", "num_leaves", "largest_leaf_share", "leaf_load", "node_entropy", "nodes_below_0.10"),
+    *("val_loss", "test_loss", "bits_per_character", "perplexity", "test_loss_soft", "test_accuracy", "val_epochs"),
     *("parameters", "training_width", "inference_width", "training_size", "inference_size", "flops_per_row", "epochs"),
 )
 _RUN = ("wall_time_s", "resumed", "backend", "data_digest", "git_commit")
@@ -181,9 +182,11 @@ def columns(rows: list[Row]) -> list[str]:
 
 
 def _history_values(names: Iterable[str]) -> list[str]:
-    """What is told of an epoch, where a history has these names: `HISTORY`, then the entropy of each layer."""
+    """What is told of an epoch, where a history has these names: `HISTORY`, then the validation loss of language models
+    and the entropy of each layer."""
+    names = set(names)
     layers = (name for name in names if name.startswith("node_entropy_"))
-    return [*HISTORY, *sorted(layers, key=lambda name: (len(name), name))]
+    return [*HISTORY, *sorted(names & {"val_loss"}), *sorted(layers, key=lambda name: (len(name), name))]
 
 
 def merge_history(rows: list[Row], histories: list[tuple[str, dict[str, list]]]) -> list[Row]:

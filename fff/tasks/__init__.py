@@ -2,7 +2,16 @@
 
 from fff.tasks.callbacks import LayerSchedule, RandomState
 from fff.tasks.classification import Classification
+from fff.tasks.language_modeling import LanguageModeling
 from fff.tasks.normalized_gd import NormalizedGD
 from fff.tasks.protocol import Protocol, evaluate
 
-__all__ = ["Classification", "LayerSchedule", "NormalizedGD", "Protocol", "RandomState", "evaluate"]
+__all__ = [
+    "Classification",
+    "LanguageModeling",
+    "LayerSchedule",
+    "NormalizedGD",
+    "Protocol",
+    "RandomState",
+    "evaluate",
+]

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
-from fff.layers.base import ExpertLayer
-from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
+from fff.layers.contract import RoutedLayer, routing
 from fff.tasks.callbacks import LayerSchedule, RandomState
-from fff.tasks.protocol import Protocol, dispatch_entropy, evaluate
+from fff.tasks.protocol import USAGE_METRICS, Protocol, dispatch_entropy, evaluate, model_metrics, record_of
 from fff.tasks.routes import measure_routes
+from fff.tasks.task import RoutedTask
 
 
-class Classification(LightningModule):
+class Classification(RoutedTask):
     """Trains `model` on (x, y) batches; with `protocol_callbacks()` in the Trainer, `results` then measures the run.
 
-    optimizer: named parameters -> Optimizer, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`. `fused=True`
-        is added where the optimiser and the parameters allow it and nothing else was asked for.
+    optimizer, router_lr_factor, deviation_decay: see `RoutedTask`.
     lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch.
     plateau: the accuracy that a ReduceLROnPlateau gets (give it `mode="max"`), of the training or the validation rows.
     patience: epochs without a better training or validation accuracy after which training stops.
@@ -38,8 +34,6 @@ class Classification(LightningModule):
     schedules: attribute of the layers -> points of its `LayerSchedule`.
     restart_from_best: epochs, counted from 0 as in a schedule, before which the model goes back to the weights of the
         best validation accuracy so far, and the optimiser forgets its averages.
-    router_lr_factor: times the learning rate, for the parameters that decide where rows go.
-    deviation_decay: weight decay, in place of the optimiser's, of what experts have beside their base (`ExpertLayer`).
     test: whether `results` looks at the test rows; False for a search, whose runs then have no GA to select by.
     keep_routes: whether the record of a run is to have `routes`; for a model with one routed layer.
     """
@@ -62,41 +56,29 @@ class Classification(LightningModule):
         test: bool = True,
         keep_routes: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(model, optimizer=optimizer, router_lr_factor=router_lr_factor, deviation_decay=deviation_decay)
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
         if plateau not in ("train", "val"):
             raise ValueError(f"plateau={plateau!r} must be 'train' or 'val'")
         if any(epoch < 1 for epoch in restart_from_best):
             raise ValueError(f"restart_from_best={list(restart_from_best)}: before epoch 1 there is no best")
-        if not router_lr_factor > 0:
-            raise ValueError(f"router_lr_factor={router_lr_factor!r} must be > 0")
-        if deviation_decay is not None and not deviation_decay >= 0:
-            raise ValueError(f"deviation_decay={deviation_decay!r} must be >= 0")
         if keep_routes and not test:
             raise ValueError("keep_routes=True keeps those of the test rows, which test=False never looks at")
         num_layers = sum(isinstance(module, RoutedLayer) for module in model.modules())
         if keep_routes and num_layers != 1:
             raise ValueError(f"keep_routes={keep_routes} needs a model with one routed layer, not {num_layers}")
-        self.model = model
         self.num_classes = num_classes
-        self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.plateau = plateau
         self.label_smoothing = label_smoothing
         self.keep_routes = keep_routes
         self.protocol = Protocol(patience, stop_loss)
         self.restart_from_best = frozenset(restart_from_best)
-        self.router_lr_factor, self.deviation_decay = router_lr_factor, deviation_decay
         self.test = test
         self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
         self._lr_schedule: LRScheduler | None = None
         self._restored_lr_schedule: dict[str, Any] | None = None
-        self._loss_sums: dict[str, Tensor | float] = {}
-        self._rows = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
 
     def on_train_epoch_start(self) -> None:
         # A run resumed in the middle of an epoch does not come by here: its weights have gone on since.
@@ -104,73 +86,16 @@ class Classification(LightningModule):
             self.model.load_state_dict(self.protocol.best["val"].weights)
             self.trainer.optimizers[0].state.clear()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        task_loss = F.cross_entropy(self.model(x), y, label_smoothing=self.label_smoothing)
-        auxiliary = aux_loss(self.model)
-        self._add("loss", task_loss, len(y))
-        self._add("aux_loss", auxiliary, len(y))
-        for _, record in routing(self.model):
-            for name, value in record.losses.items():
-                self._add(name, value, len(y))
-        self._rows += len(y)
-        return task_loss + auxiliary
-
-    def _add(self, name: str, value: Tensor, rows: int) -> None:
-        # Sums stay on the device: reading one in each step would wait for the accelerator, self.log costs 0.4 ms.
-        self._loss_sums[name] = value.detach() * rows + self._loss_sums.get(name, 0.0)
-
-    def pop_epoch_losses(self) -> dict[str, float]:
-        """Mean over the rows since the last call: "loss" is the task's, "aux_loss" the weighted auxiliary sum, the rest
-        each raw auxiliary loss summed over the layers."""
-        losses = {name: float(total) / self._rows for name, total in self._loss_sums.items()}
-        self._loss_sums, self._rows = {}, 0
-        return losses
+    def task_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x), y, label_smoothing=self.label_smoothing)
 
     def configure_optimizers(self) -> Optimizer:
-        optimizer = self.make_optimizer(self._optimized(), **self._fused())
-        for group in optimizer.param_groups:
-            group["lr"] *= group.pop("lr_factor", 1.0)
+        optimizer = self.build_optimizer()
         if self.make_lr_schedule is not None:
             self._lr_schedule = self.make_lr_schedule(optimizer)
             if self._restored_lr_schedule is not None:
                 self._lr_schedule.load_state_dict(self._restored_lr_schedule)
         return optimizer
-
-    def _optimized(self) -> Iterable[tuple[str, Parameter]] | list[dict[str, Any]]:
-        layers = [module for module in self.model.modules() if isinstance(module, RoutedLayer)]
-        settings: dict[int, dict[str, float]] = {}  # of parameters, by id
-        if self.router_lr_factor != 1.0:
-            router = [p for layer in layers for p in layer.router_parameters()]
-            if not router:
-                raise ValueError(f"router_lr_factor={self.router_lr_factor!r}: no layer of the model has a router")
-            settings |= {id(p): {"lr_factor": self.router_lr_factor} for p in router}
-        if self.deviation_decay is not None:
-            deviations = [p for layer in layers if isinstance(layer, ExpertLayer) for p in layer.deviations()]
-            if not deviations:
-                raise ValueError(f"deviation_decay={self.deviation_decay!r}: no layer of the model has a base")
-            settings |= {id(p): {"weight_decay": self.deviation_decay} for p in deviations}
-        if not settings:
-            return self.model.named_parameters()
-        groups: dict[tuple, dict[str, Any]] = {(): {"params": []}}  # the rest first, even where there is none
-        for name, parameter in self.model.named_parameters():
-            own = settings.get(id(parameter), {})
-            groups.setdefault(tuple(own.items()), {"params": [], **own})["params"].append((name, parameter))
-        return list(groups.values())
-
-    def _fused(self) -> dict[str, bool]:
-        keywords = getattr(self.make_optimizer, "keywords", {})
-        known = "fused" in inspect.signature(self.make_optimizer).parameters
-        if not known or {"fused", "foreach", "differentiable"} & set(keywords):
-            return {}
-        # Under a gradient scaler a fused optimiser unscales by itself, and the Trainer then refuses to clip gradients.
-        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
-        allowed = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.model.parameters())
-        return {"fused": True} if allowed and not scaled else {}
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        update_biases(self.model)
 
     def on_train_epoch_end(self) -> None:
         # Not given to the Trainer, which steps plateau schedulers after its checkpoint is written: a resumed run would
@@ -185,13 +110,12 @@ class Classification(LightningModule):
             self.log("lr", self._lr_schedule.get_last_lr()[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        sums = {name: float(total) for name, total in self._loss_sums.items()}
-        checkpoint["epoch_losses"] = {"sums": sums, "rows": self._rows}
+        super().on_save_checkpoint(checkpoint)
         if self._lr_schedule is not None:
             checkpoint["lr_schedule"] = self._lr_schedule.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._loss_sums, self._rows = checkpoint["epoch_losses"]["sums"], checkpoint["epoch_losses"]["rows"]
+        super().on_load_checkpoint(checkpoint)
         self._restored_lr_schedule = checkpoint.get("lr_schedule")
 
     def protocol_callbacks(self) -> list[Callback]:
@@ -219,21 +143,13 @@ class Classification(LightningModule):
             measured, evaluated = dict.fromkeys(_MEASURED), protocol.training_backend
             # A run resumed after its last epoch has not run its layers, which tell their experts by their records.
             evaluate(self.model, data.val_dataloader())
-        layers = [layer for layer in self.model.modules() if isinstance(layer, RoutedLayer)]
         metrics = {
             **measured,
             "diverged": protocol.diverged,
-            "num_leaves": sum(record.num_experts for _, record in routing(self.model)),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            **{field: sum(getattr(layer.size, field) for layer in layers) for field in _SIZES},
+            **model_metrics(self.model),
             "epochs": len(protocol.history["epoch"]),
         }
-        trained = protocol.training_backend
-        return {
-            "metrics": {name: _plain(value) for name, value in metrics.items()},
-            "history": {name: list(values) for name, values in protocol.history.items()},
-            "backend": trained if trained == evaluated else f"{trained} (training), {evaluated} (evaluation)",
-        }
+        return record_of(metrics, protocol.history, protocol.training_backend, evaluated)
 
     def routes(self, data: LightningDataModule) -> dict[str, np.ndarray] | None:
         """`measure_routes` of the weights that `results` measured and left in the model; None if there are none."""
@@ -266,7 +182,6 @@ class Classification(LightningModule):
 
         test = evaluate(self.model, data.test_dataloader(), soft=True, observe=observe)
 
-        entropy = test.node_entropy
         measured = {
             "ma": ma.accuracy,
             "ma_epochs": ma.epoch,
@@ -275,11 +190,7 @@ class Classification(LightningModule):
             "val_accuracy": ga.accuracy,
             "ga_soft": test.soft_accuracy,
             "ma_soft": ma_soft,
-            "leaves_used": test.leaves_used,
-            "largest_leaf_share": max((usage.load.max().item() / usage.rows for usage in test.usage), default=None),
-            "node_entropy": test.mean_node_entropy,
-            "nodes_below_0.10": None if entropy is None else (entropy < 0.10).double().mean().item(),
-            "leaf_load": [count for usage in test.usage for count in usage.load.tolist()],
+            **test.usage_metrics,
             **{name: value.item() for name, value in report.compute().items()},
         }
         if cluster is not None:
@@ -303,11 +214,6 @@ class Classification(LightningModule):
 
 _MEASURED = (
     *("ma", "ma_epochs", "ga", "ga_epochs", "val_accuracy", "ga_soft", "ma_soft"),
-    *("leaves_used", "largest_leaf_share", "node_entropy", "nodes_below_0.10", "leaf_load"),
+    *USAGE_METRICS,
     *("macro_f1", "calibration_error"),
 )
-_SIZES = ("training_width", "inference_width", "training_size", "inference_size", "flops_per_row")
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from fff.layers.contract import RoutedLayer, node_tracing, routing, soft_evaluation
 
+USAGE_METRICS = ("leaves_used", "largest_leaf_share", "node_entropy", "nodes_below_0.10", "leaf_load")
+_SIZES = ("training_width", "inference_width", "training_size", "inference_size", "flops_per_row")
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_accuracy", "node_entropy", "leaves_used")
 
 
@@ -43,7 +45,7 @@ class LayerUsage(NamedTuple):
 class Evaluation(NamedTuple):
     """What a model does with a set of rows.
 
-    accuracy: of the hard route, 0..1.
+    accuracy: of the hard route, 0..1; where a row has a target at each of its places, over the places.
     soft_accuracy: of the soft mixture; None where it was not asked for or no layer has one.
     usage: one entry for each layer that ran.
     backend: names of the `expert_mlp` backends that the hard route used.
@@ -79,6 +81,29 @@ class Evaluation(NamedTuple):
         """Experts with at least one row, over all layers."""
         return sum(int((usage.load > 0).sum()) for usage in self.usage)
 
+    @property
+    def usage_metrics(self) -> dict[str, Any]:
+        """By the names in `USAGE_METRICS`: loads of several layers are chained, the largest share is that of any."""
+        entropy = self.node_entropy
+        return {
+            "leaves_used": self.leaves_used,
+            "largest_leaf_share": max((usage.load.max().item() / usage.rows for usage in self.usage), default=None),
+            "node_entropy": self.mean_node_entropy,
+            "nodes_below_0.10": None if entropy is None else (entropy < 0.10).double().mean().item(),
+            "leaf_load": [count for usage in self.usage for count in usage.load.tolist()],
+        }
+
+    @property
+    def usage_history(self) -> dict[str, float | None]:
+        """What a history tells of the routing of an epoch; of several trees the entropy of each, too."""
+        layers = self.layer_node_entropy if len(self.layer_node_entropy) > 1 else []
+        known = (None if math.isnan(entropy) else entropy for entropy in layers)
+        return {
+            "node_entropy": self.mean_node_entropy,
+            "leaves_used": self.leaves_used,
+            **{f"node_entropy_{number}": entropy for number, entropy in enumerate(known, start=1)},
+        }
+
 
 @torch.no_grad()
 def evaluate(
@@ -103,14 +128,14 @@ def evaluate(
     model.eval()
     try:
         for x, y in batches:
-            x, y = x.to(parameter), y.to(parameter.device)
+            x, y = x.to(parameter) if x.is_floating_point() else x.to(parameter.device), y.to(parameter.device)
             with node_tracing(model):
                 logits = model(x)
             for name, record in routing(model):
                 records.setdefault(name, []).append((len(record.index), record.load, record.node_entropy))
             backend = backend or backends(model)
             hits += (logits.argmax(-1) == y).sum()
-            rows += len(y)
+            rows += y.numel()
             if observe is not None:
                 observe(logits, y)
             if soft:
@@ -221,7 +246,7 @@ class Protocol(Callback):
 
         epoch = len(self.history["epoch"]) + 1
         # The last step may spoil the weights after a loss that was still finite.
-        self.diverged = not (math.isfinite(losses["loss"] + losses["aux_loss"]) and _finite(model))
+        self.diverged = not (math.isfinite(losses["loss"] + losses["aux_loss"]) and is_finite(model))
         if not self.diverged:
             self.best["train"].offer(train.accuracy, epoch, model)
             self.best["val"].offer(val.accuracy, epoch, model)
@@ -230,13 +255,8 @@ class Protocol(Callback):
             "train_loss": losses["loss"] if math.isfinite(losses["loss"]) else None,
             "train_accuracy": train.accuracy,
             "val_accuracy": val.accuracy,
-            "node_entropy": train.mean_node_entropy,
-            "leaves_used": train.leaves_used,
+            **train.usage_history,
         }
-        layers = train.layer_node_entropy
-        if len(layers) > 1:
-            known = (None if math.isnan(entropy) else entropy for entropy in layers)
-            row |= {f"node_entropy_{number}": entropy for number, entropy in enumerate(known, start=1)}
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
 
@@ -249,10 +269,31 @@ class Protocol(Callback):
             trainer.should_stop = True
 
 
-def _finite(model: nn.Module) -> bool:
+def is_finite(model: nn.Module) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def backends(model: nn.Module) -> str:
     """Names of the `expert_mlp` backends that the last forward used, sorted."""
     return ",".join(sorted({record.backend for _, record in routing(model)}))
+
+
+def model_metrics(model: nn.Module) -> dict[str, int]:
+    """Sizes of a model whose layers have run, over all of them: their records tell the experts."""
+    layers = [layer for layer in model.modules() if isinstance(layer, RoutedLayer)]
+    return {
+        "num_leaves": sum(record.num_experts for _, record in routing(model)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **{field: sum(getattr(layer.size, field) for layer in layers) for field in _SIZES},
+    }
+
+
+def record_of(metrics: dict[str, Any], history: dict[str, list], trained: str, evaluated: str) -> dict[str, Any]:
+    """What `results` of a task gives, all plain Python; nan becomes None.  trained, evaluated: names of backends."""
+    return {
+        "metrics": {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in metrics.items()
+        },
+        "history": {name: list(values) for name, values in history.items()},
+        "backend": trained if trained == evaluated else f"{trained} (training), {evaluated} (evaluation)",
+    }

@@ -23,13 +23,14 @@ def build(name, *overrides):
 def test_config_instantiates(name, monkeypatch, tmp_path):
     monkeypatch.setenv("FFF_DATA_DIR", str(tmp_path))
     data = build(name)
-    assert isinstance(data, InMemoryData) and data.seed == 3 and data.batch_size == 256
-    if name in sources.NAMES:
+    assert isinstance(data, InMemoryData) and data.seed == 3
+    assert data.batch_size == (32 if name in sources.TEXTS else 256)
+    if name in (*sources.NAMES, *sources.TEXTS):
         assert data.name == name and data.root == (None if name == "digits" else str(tmp_path))
 
 
 def test_each_set_has_a_config():
-    assert set(NAMES) == {*sources.NAMES, "clusters", "random_labels", "rotate"}
+    assert set(NAMES) == {*sources.NAMES, *sources.TEXTS, "clusters", "random_labels", "rotate"}
 
 
 def test_root_is_optional(monkeypatch):

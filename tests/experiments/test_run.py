@@ -18,7 +18,7 @@ from experiments.run import CHECKPOINT, run, summary
 from experiments.store import ERROR, RESULT, ROUTES, lock
 
 EXPERIMENTS = sorted(path.stem for path in Path(config_path(), "experiment").glob("*.yaml"))
-NUM_RUNS = {"debug": 1, "demo": 18, "table1": 620, "efff": 72, "routing": 45}
+NUM_RUNS = {"debug": 1, "demo": 18, "table1": 620, "efff": 72, "routing": 45, "shakespeare": 33}
 QUICK = ["trainer.max_epochs=2", "width=16", "trainer.accelerator=cpu"]
 NOISY = ["layer=fff_straight_through", "layer.drop=0.2", "layer.region_leak=0.1"]
 
@@ -132,6 +132,8 @@ def test_a_missing_set_is_told_once_and_before_anything_starts(make_config, plan
     assert outcome.status == "failed" and outcome.error.startswith("FileNotFoundError: data set 'svhn' not found")
     with pytest.raises(ConfigError, match="data set 'usps' not found: .*data=random_labels"):
         plan("data=digits,random_labels", "seed=0,1")
+    with pytest.raises(ConfigError, match="'tiny_shakespeare' not found: neither as .*input.txt"):
+        plan("data=digits,tiny_shakespeare")
 
 
 def test_the_commit_is_that_of_the_code_and_taken_before_the_training(make_config, monkeypatch, tmp_path):
@@ -211,8 +213,18 @@ def test_an_unreadable_checkpoint_is_reported_and_not_used(make_config, capsys):
     assert "is unreadable" in capsys.readouterr().err
 
 
+def write_text(folder):
+    path = folder / "text" / "tiny_shakespeare" / "input.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(80 * "Ring a rose.\n")
+    return folder / "text"
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_plans_its_runs_and_trains_two_batches_of_each(plan, make_config, monkeypatch, experiment):
+@pytest.mark.filterwarnings("ignore:.* holds a text of digest")
+def test_every_experiment_plans_its_runs_and_trains_two_batches_of_each(
+    plan, make_config, monkeypatch, tmp_path, experiment
+):
     monkeypatch.setattr(sweep, "check_data", lambda node: None)  # the experiment's own data may not be here
     jobs = plan(f"experiment={experiment}").jobs
     assert len(jobs) == NUM_RUNS.get(experiment, len(jobs)) > 0
@@ -224,6 +236,8 @@ def test_every_experiment_plans_its_runs_and_trains_two_batches_of_each(plan, ma
     for overrides in kinds.values():
         # Generated data are always here, and have settings of their own.
         data = [] if any(override.startswith("data.setting=") for override in overrides) else ["data=digits"]
+        if make_config(*overrides).data._target_ == "fff.data.TextData":
+            data = [f"data.root={write_text(tmp_path)}", "data.context=16", "model.depth=1"]
         outcome = run(make_config(*overrides, *data, "trainer.max_epochs=1", "trainer.max_batches=2"))
         assert outcome.status == "finished", (overrides, outcome.error)
 

@@ -133,6 +133,14 @@ def test_history_has_the_entropy_of_each_layer_where_runs_have_it(write_run, upd
     assert path.read_bytes() == written
 
 
+def test_history_has_the_validation_loss_where_a_language_model_has_it(write_run, update, results_dir):
+    write_run(history={"epoch": [1, 2], "train_loss": [2.0, 1.0], "val_loss": [2.5, 1.5], "node_entropy_1": [0.1, 0.2]})
+    update("study")
+    path = results_dir / "runs" / "study.history.csv"
+    assert path.read_text().splitlines()[0].split(",")[-2:] == ["val_loss", "node_entropy_1"]
+    assert [row["val_loss"] for row in read_csv(path)] == ["2.5", "1.5"]
+
+
 def test_stored_history_stays_where_it_has_more_runs():
     stored = merge_history([], [("c", history(1, 0.2)), ("c", history(1, 0.4))])
     assert merge_history(stored, [("c", history(1, 9.0))]) == stored
