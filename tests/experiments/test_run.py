@@ -234,9 +234,14 @@ def test_every_experiment_plans_its_runs_and_trains_two_batches_of_each(
         chosen = dict(override.split("=", 1) for override in job.overrides)
         kinds.setdefault((chosen.get("recipe"), chosen.get("layer")), job.overrides)
     for overrides in kinds.values():
-        # Generated data are always here, and have settings of their own.
-        data = [] if any(override.startswith("data.setting=") for override in overrides) else ["data=digits"]
-        if make_config(*overrides).data._target_ == "fff.data.TextData":
+        data = ["data=digits"]
+        kind = make_config(*overrides).data._target_.rpartition(".")[2]
+        if kind == "ClusterData":  # generated data are always here
+            data = []
+        elif kind in ("RandomLabels", "RotatedImages"):  # wrap another set
+            data = ["data@data.data=digits", *(["data.num_rows=1000"] if kind == "RandomLabels" else [])]
+            overrides = [override for override in overrides if not override.startswith("data@data.data=")]
+        elif kind == "TextData":
             data = [f"data.root={write_text(tmp_path)}", "data.context=16", "model.depth=1"]
         outcome = run(make_config(*overrides, *data, "trainer.max_epochs=1", "trainer.max_batches=2"))
         assert outcome.status == "finished", (overrides, outcome.error)
