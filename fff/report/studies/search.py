@@ -28,6 +28,8 @@ _DEFAULTS = {
 # Settings in the order of the tables; others follow under their own names.
 _NAMES = {
     "layer.router": "router",
+    "layer.num_experts": "experts",
+    "layer.depth": "depth",
     "layer.runner_up": "runner-up",
     "task.optimizer.lr": "learning rate",
     "task.optimizer.weight_decay": "weight decay",
