@@ -149,7 +149,7 @@ def test_command_writes_a_record_of_every_suite(name, tmp_path, capsys, monkeypa
     suite = yaml.safe_load((CONFIGS / "suite" / f"{name}.yaml").read_text())["cases"]
     suite = {case: entry for case, entry in suite.items() if entry.get("device") != "cuda"}  # of those test_gpu.py
     grids = [f"suite.cases.{case}.grid.{axis}={toy}" for case in suite for axis, toy in toy_grid(suite[case])]
-    sizes = (SHORT if name == "overhead" else SMALL).items()
+    sizes = (SHORT if name == "overhead" else SMALL | {"expert_width": 2}).items()
     toy = [f"suite.cases.{c}.build.{size}={value}" for c in suite for size, value in sizes if size in suite[c]["build"]]
     quick = [f"out={tmp_path}", "rounds=1", "min_sample_s=0"]
     monkeypatch.setattr(floor, "_best", lambda call, device: 1e-3)
