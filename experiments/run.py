@@ -119,7 +119,9 @@ def summary(record: dict[str, Any]) -> str:
     parts = [f"{name} {100 * metrics[name]:.1f} %" for name in ("ma", "ga") if metrics.get(name) is not None]
     if metrics.get("bits_per_character") is not None:
         parts.append(f"{metrics['bits_per_character']:.3f} bits per character")
-    if (metrics.get("num_leaves") or 0) > 1 and metrics["leaves_used"] is not None:
+    # Several dense layers have several "leaves", and none of them is a choice.
+    routed = metrics["training_width"] > metrics["inference_width"]
+    if routed and metrics["leaves_used"] is not None:
         parts.append(f"leaves {metrics['leaves_used']}/{metrics['num_leaves']}")
     if metrics.get("diverged"):
         parts.append("DIVERGED")

@@ -138,3 +138,17 @@ class InMemoryData(LightningDataModule, ABC):
 
     def _unshuffled(self, x: Tensor, y: Tensor, rows: Tensor) -> Batches:
         return Batches(x, y, rows, self.eval_batch_size, scale=self.rows.scale, shift=self.rows.shift)
+
+
+class DerivedData(InMemoryData, ABC):
+    """Made from the rows of `data`, whose batch sizes and seeds of order and split it takes over."""
+
+    def __init__(self, data: InMemoryData) -> None:
+        super().__init__(
+            data.batch_size,
+            seed=data.seed,
+            split_seed=data.split_seed,
+            drop_last=data.drop_last,
+            eval_batch_size=data.eval_batch_size,
+        )
+        self.data = data

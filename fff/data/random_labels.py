@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from fff.data.digest import content_digest
-from fff.data.module import InMemoryData, Rows
+from fff.data.module import DerivedData, InMemoryData, Rows
 
 
-class RandomLabels(InMemoryData):
+class RandomLabels(DerivedData):
     """`data` with each training label replaced, with probability `fraction`, by a uniformly random class.
 
     As in Zhang et al. 2017, "Understanding deep learning requires rethinking generalization", section 2 (partially
@@ -25,18 +25,12 @@ class RandomLabels(InMemoryData):
     def __init__(
         self, data: InMemoryData, fraction: float = 1.0, *, num_rows: int | None = None, label_seed: int = 0
     ) -> None:
-        super().__init__(
-            data.batch_size,
-            seed=data.seed,
-            split_seed=data.split_seed,
-            drop_last=data.drop_last,
-            eval_batch_size=data.eval_batch_size,
-        )
+        super().__init__(data)
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
         if num_rows is not None and num_rows < 1:
             raise ValueError(f"num_rows must be None or at least 1, got {num_rows}")
-        self.data, self.fraction, self.num_rows, self.label_seed = data, fraction, num_rows, label_seed
+        self.fraction, self.num_rows, self.label_seed = fraction, num_rows, label_seed
 
     def load(self) -> Rows:
         rows = self.data.rows

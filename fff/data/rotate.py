@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fff.data.digest import content_digest
-from fff.data.module import InMemoryData, Rows
+from fff.data.module import DerivedData, InMemoryData, Rows
 
 DEGREES = 30
 # Side of the middle part that is kept and enlarged to the whole; of 32 pixels, 24.
@@ -24,7 +24,7 @@ _KERNEL = 7, 3
 _CHUNK = 2000
 
 
-class RotatedImages(InMemoryData):
+class RotatedImages(DerivedData):
     """`data` with half of the pictures of each split turned by 30 degrees, and that as the label: 0 upright, 1 turned.
 
     Clusters are the classes of `data` (`test_cluster`): how a picture ought to stand depends on what it shows. Middle
@@ -44,16 +44,10 @@ class RotatedImages(InMemoryData):
     """
 
     def __init__(self, data: InMemoryData, *, blur: Sequence[float] | None = (1.1, 2.2), rotate_seed: int = 0) -> None:
-        super().__init__(
-            data.batch_size,
-            seed=data.seed,
-            split_seed=data.split_seed,
-            drop_last=data.drop_last,
-            eval_batch_size=data.eval_batch_size,
-        )
+        super().__init__(data)
         if blur is not None and not (len(blur) == 2 and 0 < blur[0] <= blur[1]):
             raise ValueError(f"blur must be None or two numbers, 0 < low <= high, got {blur}")
-        self.data, self.blur, self.rotate_seed = data, blur, rotate_seed
+        self.blur, self.rotate_seed = blur, rotate_seed
 
     def load(self) -> Rows:
         rows = self.data.rows

@@ -58,8 +58,8 @@ class ExpertLayer(RoutedLayer, ABC):
 
     @torch.no_grad()
     def merge_base(self) -> None:
-        """Add the base to every expert and drop it: the same function, and a step of evaluation less. An optimiser made
-        before knows neither."""
+        """Add the base to every expert and drop it: the same function, whose evaluation then reads the chosen experts
+        alone, where before each call adds the base to all of them. An optimiser that was made before knows neither."""
         for name, expert in zip(_EXPERT, self.experts(), strict=True):
             if expert is not None:
                 getattr(self, name).copy_(expert)

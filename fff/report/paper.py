@@ -70,17 +70,22 @@ def size(runs: pd.DataFrame, name: str) -> pd.Series:
 
 
 def layer_name(row: dict[str, str]) -> str:
-    """What a reader calls the layer of a run, a dense one, a mixture or a tree, with its widths."""
+    """What a reader calls the layer of a run, with its widths; "none" where it was removed."""
     layer = row["layer._target_"].rpartition(".")[2]
+    base = ", base" if row.get("layer.base") == "true" else ""
+    if layer == "NoFeedForward":
+        return "none"
+    if layer == "UltraFFF":
+        return f"UltraFFF, {row['layer.num_trees']} x {2 ** int(row['layer.depth'])}"
     if layer == "FeedForward":
         return f"dense, {row['layer.hidden_features']} units"
     if layer == "MoE":
         chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} experts"
-        return f"{row['layer.router']} mixture, {row['layer.num_experts']} x {row['layer.expert_width']}{chosen}"
+        return f"{row['layer.router']} mixture, {row['layer.num_experts']} x {row['layer.expert_width']}{chosen}{base}"
     mode, depth = row["layer.mode"].replace("_", "-"), int(row["layer.depth"])
     chosen = "" if row["layer.top_k"] == "1" else f", {row['layer.top_k']} leaves"
     chosen += ", runner-up in training" if row.get("layer.runner_up") == "true" else ""
-    return f"{layer}, {2**depth} x {row['layer.leaf_width']}, {mode}{chosen}"
+    return f"{layer}, {2**depth} x {row['layer.leaf_width']}, {mode}{chosen}{base}"
 
 
 def placed(data: StudyData, runs: pd.DataFrame, cells: Iterable[Cell], key: Sequence[str]) -> dict[tuple, Cell]:

@@ -12,7 +12,6 @@ from fff.report.study import Report, StudyData
 from fff.report.tables import MISSING, Table, integer, number, of
 
 _REFERENCE = "zhang2017_table1"
-_TITLES = DATASETS | {"cifar10": "CIFAR-10"}
 _NOTE = (
     "MA: share of the training rows whose random label the hard route gives back, in percent, best over the epochs;"
     " mean ± standard deviation over the seeds."
@@ -35,7 +34,7 @@ def report(data: StudyData) -> Report:
     )
     cells = summarize(runs, keep=_KEY)
     cells["leaves_trained"] = cells["cell"].map(_last_leaves(data.history))
-    order = {name: i for i, name in enumerate(_TITLES)}
+    order = {name: i for i, name in enumerate(DATASETS)}
     place = cells["data"].map(lambda name: order.get(name, len(order)))
     cells = cells.assign(place=place, routed=cells["num_leaves"] > 1)
     cells = cells.sort_values(["place", "data", "routed", "family", "width"], kind="stable", ignore_index=True)
@@ -85,7 +84,7 @@ def _last_leaves(history: pd.DataFrame) -> dict[str, float]:
 
 def _line(cell: Cell) -> dict[str, str]:
     return {
-        "data": _TITLES.get(cell["data"], cell["data"]),
+        "data": DATASETS.get(cell["data"], cell["data"]),
         "layer": cell["family"],
         "width": str(cell["width"]),
         "leaf width": cell["leaf_width"] or MISSING,
@@ -131,6 +130,6 @@ def _figure(cells: pd.DataFrame, size: str, label: str) -> Figure:
             series.append(figures.Series(family, list(points[size]), values, deviations, None, color, marker, line))
         here = cells[cells["data"] == name]
         figures.accuracy_panel(panel, series, label, "MA in %" if j == 0 else "", sizes=here[size])
-        panel.set_title(_TITLES.get(name, name))
+        panel.set_title(DATASETS.get(name, name))
     figures.legend_below(figure, panels, columns=3)
     return figure

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -33,7 +31,7 @@ def report(data: StudyData) -> Report:
     if data.runs.empty:
         raise ValueError(f"{data.name} has no rows in runs/{data.name}.csv")
     runs = data.runs.assign(
-        model=[_name(row) for row in data.runs.to_dict("records")],
+        model=[layer_name(row) for row in data.runs.to_dict("records")],
         kind=[row.rpartition(".")[2] for row in data.runs["layer._target_"]],
     )
     cells = summarize(runs, keep=["model", "kind"])
@@ -71,15 +69,6 @@ def report(data: StudyData) -> Report:
     missing = [model for model, cell in found.items() if _is_routed(cell) and model not in kept]
     remarks = [f"{data.name}: no run of {model} has kept its routes (task.keep_routes=true)" for model in missing]
     return Report(cells, tables, drawn, remarks)
-
-
-def _name(row: dict[str, Any]) -> str:
-    kind = row["layer._target_"].rpartition(".")[2]
-    if kind == "NoFeedForward":
-        return "none"
-    if kind == "UltraFFF":
-        return f"UltraFFF, {row['layer.num_trees']} x {2 ** int(row['layer.depth'])}"
-    return layer_name(row)
 
 
 def _is_routed(cell: Cell) -> bool:
