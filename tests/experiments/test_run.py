@@ -50,6 +50,12 @@ def test_record(finished):
     assert "ga " in summary(record) and "leaves" in summary(record)
 
 
+def test_dense_layers_of_a_deep_model_have_no_leaves_to_tell(finished):
+    record = read(finished[1])
+    record["metrics"] |= {"num_leaves": 4, "leaves_used": 4, "training_width": 512, "inference_width": 512}
+    assert "leaves" not in summary(record)
+
+
 def test_a_finished_run_is_skipped_unless_forced(finished, make_config):
     _, outcome = finished
     written = (outcome.run_dir / RESULT).stat().st_mtime_ns

@@ -79,3 +79,12 @@ def test_without_the_published_values_it_says_so(report, monkeypatch):
         monkeypatch.setattr(f"fff.report.{module}.reference", lambda *_: pd.DataFrame())
     made, text = report((TREE, 0.8, 2.0))
     assert "paper |" not in text and len(made.remarks) == 1
+
+
+def test_a_layer_with_a_base_is_another_layer(report):
+    _, text = report(
+        (TREE, 0.80, 1.9), ({**TREE, "layer.base": "true"}, 0.70, 1.9), ({**MOE, "layer.base": "true"}, 0.6, 2)
+    )
+    assert cells_of(text, "FFF, 4 x 8, soft", "ours")[0] == "80.00 ± –"
+    assert cells_of(text, "FFF, 4 x 8, soft, base", "ours")[0] == "70.00 ± –"
+    assert cells_of(text, "switch mixture, 4 x 8, base", "ours")[0] == "60.00 ± –"

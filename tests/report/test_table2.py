@@ -48,6 +48,7 @@ def test_of_several_layers_validation_chooses_and_more_widths_come_first(write_r
 
 def test_a_tree_is_measured_against_dense_layers_of_its_recipe(write_run, sections):
     ours(write_run, width=32, depth=2, mode="straight_through", ga=0.50)
+    ours(write_run, width=32, depth=1, mode="straight_through", ga=0.49)
     ours(write_run, width=32, ga=0.48)
     ours(write_run, width=128, ga=0.53)
     write_run("table2", data="cifar10", recipe="cifar_paper", optimizer=ADAMW, width=34, ga=0.10)
@@ -55,6 +56,8 @@ def test_a_tree_is_measured_against_dense_layers_of_its_recipe(write_run, sectio
     line = cells_of(dense, "our recipe", "FFF 32, straight-through", "128")
     # 34 neurons are evaluated, and no dense layer of 34 was trained by this recipe.
     assert line == ["50.0 ± –", "+2.0 (32)", "–", "-3.0 (128)"]
+    # Nor one of 64, as many as the other tree trains.
+    assert cells_of(dense, "our recipe", "FFF 32, straight-through", "64") == ["49.0 ± –", "+1.0 (32)", "–", "–"]
     assert cells_of(every, "our recipe", "dense", "32")[1] == "48.0 ± –"
 
 

@@ -14,7 +14,7 @@ import fff
 from fff.data import TextData
 from fff.layers.contract import Record, RoutedLayer, Size
 from fff.models import GPT
-from fff.tasks import LanguageModeling
+from fff.tasks import LanguageModeling, language_modeling
 from fff.tasks.language_modeling import active_parameters, warmup_cosine
 from fff.tasks.text_routes import CLASSES, character_class, measure_text_routes
 
@@ -75,6 +75,19 @@ def test_the_measured_weights_are_those_of_the_best_validation_loss(data, fit):
     x, y = (torch.cat(part) for part in zip(*module.test_dataloader(), strict=True))
     with torch.no_grad():
         assert measured == pytest.approx(F.cross_entropy(task.model(x).flatten(0, 1), y.flatten()).item(), rel=1e-5)
+
+
+def test_an_epoch_that_is_worse_is_not_the_best(data, fit, monkeypatch):
+    losses, measure = iter([1.0, 0.5, 0.8]), language_modeling.evaluate_text
+    monkeypatch.setattr(
+        language_modeling, "evaluate_text", lambda *call: measure(*call)._replace(loss=next(losses, 0.0))
+    )
+    module = data()
+    task = make_task(module)
+    fit(task, module, max_epochs=3, limit_train_batches=3)
+    assert (task.protocol.best_epoch, task.protocol.best_loss) == (2, 0.5)
+    last = task.model.state_dict()
+    assert not all(torch.equal(value, last[name]) for name, value in task.protocol.best_weights.items())
 
 
 def test_the_soft_mixture_is_measured_beside_the_hard_route(data, fit):

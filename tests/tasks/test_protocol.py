@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 import fff
 from fff.models import Classifier
 from fff.tasks import Classification, evaluate
-from fff.tasks.protocol import dispatch_entropy
+from fff.tasks.protocol import HISTORY, dispatch_entropy
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 #         epoch    1     2     3     4     5     6     7
@@ -70,6 +70,13 @@ def test_history_has_the_entropy_of_each_tree_where_there_are_several(tensor_dat
     assert len(one) == len(two) == 2 and one != two and "node_entropy_3" not in history
     # A tree of one node and a tree of three.
     assert history["node_entropy"] == pytest.approx([(a + 3 * b) / 4 for a, b in zip(one, two, strict=True)])
+
+
+def test_history_of_a_single_tree_is_that_of_the_records_of_the_past(tensor_data, fit):
+    rows = torch.randn(30, 4), torch.arange(30) % 5
+    task = make_task(fff.FFF(4, 2, out_features=5, depth=2))
+    fit(task, data := tensor_data(rows, rows, rows), max_epochs=1)
+    assert set(task.results(data)["history"]) == set(HISTORY)
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 6), (2, 7)])

@@ -147,8 +147,8 @@ def _beside_paper(data: StudyData, cells: Cells, paper: dict[tuple[str, int], Ce
         "Table 2: CIFAR-10, dense layers, mixtures and trees",
         pd.DataFrame(lines),
         f"{_NOTE} Width: hidden units that are trained; mixtures and trees evaluate 32. {layers}. Of several layers the"
-        " one with the best validation accuracy stands here, the others below, where epochs and runs are told too. –: not"
-        " run.",
+        " one with the best validation accuracy stands here, the others below, where epochs and runs are told too. –:"
+        " not run.",
         2,
     )
 
