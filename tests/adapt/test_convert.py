@@ -58,6 +58,17 @@ def test_leaves_with_all_units_are_exact(depth, gated):
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("method", ["inputs", "units"])
+def test_logits_of_a_node_have_unit_variance_on_its_rows(method):
+    first, last = dense()
+    x = 5 * torch.randn(64, D) + 3
+    layer = from_dense(first, "relu", last, depth=2, method=method, calibration=x).layer
+    logit = x @ layer.node_weight.T + layer.node_bias
+    right = logit[:, 0] >= 0
+    for node, rows in enumerate((slice(None), ~right, right)):
+        assert logit[rows, node].std(correction=0).item() == pytest.approx(1.0, rel=1e-4)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_inputs_fill_the_leaves_evenly(depth):
     first, last = dense()

@@ -24,6 +24,18 @@ class NanoMlp(nn.Module):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
+class Conv1D(nn.Module):
+    """The linear map of transformers' GPT-2, whose weight is transposed."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
 class LlamaMlp(nn.Module):
     def __init__(self, names=("gate_proj", "up_proj", "down_proj")):
         super().__init__()
@@ -68,6 +80,13 @@ def check_same_output(model, x, kinds):
     assert len(layers) == len(kinds)
     assert all(layer.w_in.grad.abs().sum() > 0 and layer.w_out.grad.abs().sum() > 0 for layer in layers)
     return report
+
+
+def test_transposed_weights():
+    mlp = NanoMlp()
+    mlp.c_fc, mlp.c_proj = Conv1D(D, H), Conv1D(H, D)
+    (row,) = check_same_output(nn.Sequential(Residual(mlp)), torch.randn(2, 5, D), ["GPT-2"])
+    assert row.flops_before == 2 * 2 * D * H
 
 
 def test_nanogpt():
