@@ -71,7 +71,7 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.dev$(EXTRAS:%=-%)
 	@$(python) -m fff.build || echo "testing without the native operators"
-	$(python) -m pytest -q
+	$(python) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 clean:
 	rm -rf $(VENV)
