@@ -17,7 +17,7 @@ from fff.ops.activation import activation_name, resolve_activation
 
 
 def to_config(layer: nn.Module) -> dict[str, Any]:
-    """{"class": "FFF", "arguments": {"in_features": 768, "depth": 7, ...}} of a layer as it is now, without its weights.
+    """{"class": "FFF", "arguments": {"in_features": 768, "depth": 7, ...}} of a layer as it is now, no weights.
 
     ValueError for what `from_config` could not make again: a module that is no layer of this package or subclass of
     one, arguments that JSON has no form of, such as an activation that is none of those with a name, and a layer whose
