@@ -186,6 +186,15 @@ def test_blocks_that_a_function_finds(tmp_path):
         routed(transformers.GPT2LMHeadModel).from_pretrained(tmp_path)
 
 
+def test_the_library_finds_what_a_model_of_its_own_can():
+    """By the source of the module that has the class."""
+    config = transformers.MixtralConfig(**COMMON, **SIZES, num_key_value_heads=1, num_local_experts=4)
+    model = routed(transformers.MixtralForCausalLM)(config)
+    for name in ("eager", "batched_mm"):
+        model.set_experts_implementation(name)
+        assert model.model.layers[0].mlp.experts.config._experts_implementation == name
+
+
 def test_copies_and_pickles():
     model = build("gpt2", kind=routed(transformers.GPT2LMHeadModel))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -236,18 +245,19 @@ def test_a_batch_is_its_rows_and_a_tuple_is_the_output():
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(TOKENS)).logits, together.logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # the name that all of 5.x knows
 def test_gradient_checkpointing_gives_the_same_gradients():
     model = build("gpt2", embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
     found = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)  # of the runner-up
         model.zero_grad()
         loss = model(TOKENS, labels=TOKENS).loss
         (loss + fff.aux_loss(model)).backward()
         found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    assert model.is_activation_checkpointing
+    assert model.is_gradient_checkpointing
     for name, gradient in found[0].items():
         assert gradient.abs().sum() > 0, name
         torch.testing.assert_close(found[1][name], gradient, msg=lambda text, n=name: n + text)
