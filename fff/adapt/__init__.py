@@ -1,4 +1,4 @@
-"""Routed layers in other people's models: blocks replaced, dense layers converted, upstream weights read."""
+"""Routed layers in other people's models: blocks replaced, experts run, dense layers converted, weights read."""
 
 from fff.adapt.blocks import Block, feedforward_blocks, known_block
 from fff.adapt.checkpoints import (
@@ -8,7 +8,9 @@ from fff.adapt.checkpoints import (
     to_ultrafastbert,
 )
 from fff.adapt.convert import Conversion, from_dense, relative_error
+from fff.adapt.experts import experts_forward, register_experts
 from fff.adapt.inspection import Inspection, inspect, prune
+from fff.adapt.pretrained import routed
 from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Conversion",
     "Inspection",
     "Replacement",
+    "experts_forward",
     "feedforward_blocks",
     "from_dense",
     "from_fastfeedforward",
@@ -23,8 +26,10 @@ __all__ = [
     "inspect",
     "known_block",
     "prune",
+    "register_experts",
     "relative_error",
     "replace_feedforward",
+    "routed",
     "timm_mlp",
     "to_fastfeedforward",
     "to_ultrafastbert",

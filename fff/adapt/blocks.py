@@ -60,6 +60,8 @@ _WHOLE = {
     "Llama, w1 w2 w3": (("w1", "w3"), "w2", None),  # as Meta published it
 }
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu", "intermediate_act_fn")
+# The kernels know functions by name, and transformers has these under names of its own.
+_SAME = {"GELUActivation": F.gelu, "SiLUActivation": F.silu}
 _TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -126,7 +128,7 @@ def _bert_block(module: nn.Module) -> Block | None:
     alone = _parameters(intermediate) == _parameters(first) and _takes_one_tensor(intermediate)
     if not alone or not _returns((first,), last):
         return None
-    return Block("BERT", (first,), last, _activation(intermediate), place="intermediate", idle=("output.dense",))
+    return Block("BERT", (first,), last, module_activation(intermediate), place="intermediate", idle=("output.dense",))
 
 
 def _whole_block(module: nn.Module) -> Block | None:
@@ -145,7 +147,7 @@ def _whole_block(module: nn.Module) -> Block | None:
             kind,
             first,
             last,
-            _activation(module) if plain else None,
+            module_activation(module) if plain else None,
             dropout=dropout if isinstance(dropout, nn.Dropout) else None,
         )
     return None
@@ -177,11 +179,11 @@ def _takes_one_tensor(module: nn.Module) -> bool:
     return len(needed) == 1
 
 
-def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def module_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The activation that a module has under one of the usual names; None where it has none."""
     found = (getattr(module, name, None) for name in _ACTIVATIONS)
     activation = next((activation for activation in found if callable(activation)), None)
-    # The kernels know functions by name, and this class of transformers is the exact GELU under one of its own.
-    return F.gelu if type(activation).__name__ == "GELUActivation" else activation
+    return _SAME.get(type(activation).__name__, activation)
 
 
 def feedforward_blocks(model: nn.Module, match: Match | None = None) -> dict[str, Block]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths
+from fff.layers.config import to_config
 from fff.layers.contract import RoutedLayer
 
 
@@ -48,11 +50,13 @@ def replace_feedforward(
     encoder, not a layer of it.
 
     A library that builds models from configurations does not know of the change: to load a checkpoint of the new model,
-    build the old one, replace its blocks, then `load_state_dict`.
+    build the old one, replace its blocks, then `load_state_dict`. A model of transformers gets the configurations of
+    its new layers as `model.config.fff`, which it saves and `fff.adapt.routed` reads; where they have none
+    (`fff.layers.config.to_config`) a warning says so.
 
     ValueError where no block is found, or where the model itself is one that could only be replaced as a whole.
     """
-    report = []
+    report, layers = [], {}
     for name, block in feedforward_blocks(model, match).items():
         module = model.get_submodule(name)
         if module is model and not block.place:
@@ -71,8 +75,32 @@ def replace_feedforward(
         )
         _put(model, module, block, layer)
         report.append(row)
+        layers[name] = layer
+    if is_pretrained_class(type(model)):
+        try:
+            note_layers(model, layers)
+        except ValueError as error:
+            model.config.fff = {}
+            warnings.warn(f"once saved, {type(model).__name__} cannot be loaded by `routed`: {error}", stacklevel=2)
     _leave_fused_path(model)
     return report
+
+
+def block_key(model: nn.Module, name: str) -> str:
+    """Name of a module of a transformers model, the same one in the model with and without its head."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def note_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Add the configurations of these layers, by the names of their blocks, to `model.config.fff`; ValueError where one
+    has none."""
+    noted = {block_key(model, name): to_config(layer) for name, layer in layers.items()}
+    model.config.fff = {**getattr(model.config, "fff", {}), **noted}
+
+
+def is_pretrained_class(model_class: type) -> bool:
+    """Whether it looks like a `PreTrainedModel` of transformers."""
+    return hasattr(model_class, "base_model_prefix") and hasattr(model_class, "save_pretrained")
 
 
 def timm_mlp(

@@ -64,6 +64,7 @@ class ExpertLayer(RoutedLayer, ABC):
             if expert is not None:
                 getattr(self, name).copy_(expert)
             self.register_parameter(f"base_{name}", None)
+        self.base = False  # of `arguments()`
 
     def _tensors(self, *names: str) -> list[Tensor | None]:
         """Parameters by name. At one row, a sixth of a call would be nn.Module's attribute lookup."""

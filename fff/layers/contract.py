@@ -8,7 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from inspect import Parameter, signature
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -132,9 +133,28 @@ class RoutedLayer(nn.Module, ABC):
     trace_nodes: bool = False
     router_names: tuple[str, ...] = ()
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        layer = super().__new__(cls)
+        layer.__dict__["_call"] = args, kwargs
+        return layer
+
     def __init__(self) -> None:
         super().__init__()
         self.record = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments by which the constructor makes a layer as this one is now: those it was called with, defaults
+        included. Where the layer has an attribute of an argument's name it counts instead: it may have been set since.
+        """
+        args, kwargs = self._call
+        bound = signature(type(self).__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        _, *named = bound.signature.parameters.values()
+        given = {parameter.name: bound.arguments[parameter.name] for parameter in named}
+        for parameter in named:
+            if parameter.kind is Parameter.VAR_KEYWORD:
+                given.update(given.pop(parameter.name))
+        return {name: vars(self).get(name, value) for name, value in given.items()}
 
     @property
     @abstractmethod

@@ -113,6 +113,16 @@ def test_timm_trains_and_loads(tmp_path):
     check_trains_and_loads(timm_vit, partial(through_file, path=tmp_path / "model.pt"))
 
 
+@pytest.mark.parametrize("make_ff", [tree, partial(fff.MoE, expert_width=4, num_experts=4, top_k=2, router="mixtral")])
+def test_timm_forward_and_backward(make_ff):
+    """What timm's own tests ask of every model: shape, no nan, a gradient for each parameter; here also finite ones."""
+    model, x = timm_vit(mlp_layer=partial(timm_mlp, make_ff=make_ff))
+    assert model.eval()(x).shape == (2, 5) and not model(x).isnan().any()
+    model.train()(x).mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
 def test_timm_keeps_dropout_of_the_output():
     model, _ = timm_vit(proj_drop_rate=0.25)
     replace_feedforward(model, tree)

@@ -1,0 +1,118 @@
+"""Models of transformers with replaced blocks, saved and loaded as that library does it; it is not imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fff.adapt.blocks import Block, Match, known_block
+from fff.adapt.replace import block_key, is_pretrained_class, note_layers, replace_feedforward
+from fff.layers.config import from_config, to_config
+from fff.layers.contract import RoutedLayer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def routed(model_class: type[Model], match: Match | None = None) -> type[Model]:
+    """The class of a transformers model, such as `GPT2LMHeadModel`, that builds its replaced blocks too.
+
+    `routed(GPT2LMHeadModel).from_pretrained(folder)` loads what `replace_feedforward` changed and `save_pretrained`
+    saved. `config.fff` says which blocks are replaced by what; where it says nothing the model is the plain one, and
+    `replace_feedforward` may change it. At each of its `save_pretrained` the layers are noted anew, with what was set
+    since (a temperature); a model of the plain class has them noted once, when they are put in.
+
+    match: see `feedforward_blocks`, for models whose blocks are of no known kind.
+
+    Weights that a checkpoint lacks are initialised as the layers do it.
+
+    ValueError for classes that choose a model class, such as `AutoModel`; at loading where `config.fff` names a block
+    that the model does not have, or that `match` does not find.
+    """
+    if not is_pretrained_class(model_class):
+        raise ValueError(f"model_class={model_class!r} is no model class of transformers")
+    return _routed(model_class, match)
+
+
+@cache
+def _routed(model_class: type[Model], match: Match | None) -> type[Model]:
+    def __init__(self: Model, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        if getattr(config, "fff", None):
+            _rebuild(self, match)
+
+    def save_pretrained(self: Model, *args: Any, **kwargs: Any) -> Any:
+        note_layers(self, dict(_noted_layers(self)))
+        return model_class.save_pretrained(self, *args, **kwargs)
+
+    def initialize_weights(self: Model) -> None:
+        for module in self.modules():
+            if isinstance(module, RoutedLayer) and not getattr(module, "_is_hf_initialized", True):
+                _initialize_missing(module)
+        model_class.initialize_weights(self)
+
+    def __reduce__(self: Model) -> tuple:  # a class that no module holds is pickled by how it is made
+        return _unpickled, (model_class, match), self.__getstate__()
+
+    # The library looks up losses, and what a model can do, by the names of class and module.
+    names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    methods = (__init__, save_pretrained, initialize_weights, __reduce__)
+    return type(model_class.__name__, (model_class,), {**names, **{method.__name__: method for method in methods}})
+
+
+def _unpickled(model_class: type[Model], match: Match | None) -> Model:
+    kind = _routed(model_class, match)
+    return kind.__new__(kind)
+
+
+def _rebuild(model: nn.Module, match: Match | None) -> None:
+    noted = model.config.fff
+    keys = {name: block_key(model, name) for name, _ in model.named_modules()}
+    configs = {name: noted[key] for name, key in keys.items() if key in noted}
+    if unknown := set(noted) - set(keys.values()):
+        raise ValueError(f"config.fff names {sorted(unknown)}, which {type(model).__name__} does not have")
+
+    def only_noted(name: str, module: nn.Module) -> Block | None:
+        if name not in configs:
+            return None
+        block = known_block(module) if match is None else match(name, module)
+        if block is None:
+            raise ValueError(f"config.fff replaces {name}, which is no feedforward block of a known kind; pass match=")
+        return block
+
+    waiting = iter(configs.values())
+
+    def make(in_features: int, out_features: int) -> RoutedLayer:
+        layer = from_config(next(waiting))
+        # Where the library builds without memory it fills in what it finds, and asks for the rest to be initialised.
+        layer._is_hf_initialized = not any(parameter.is_meta for parameter in layer.parameters())
+        return layer
+
+    replace_feedforward(model, make, only_noted)
+
+
+def _noted_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLayer]]:
+    noted = getattr(model.config, "fff", {})
+    for name, block in model.named_modules():
+        if block_key(model, name) in noted:
+            yield name, next(module for module in block.modules() if isinstance(module, RoutedLayer))
+
+
+@torch.no_grad()
+def _initialize_missing(layer: RoutedLayer) -> None:
+    """Give tensors that no checkpoint filled, buffers that are never saved among them, the values of a new layer."""
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    missing = [(name, tensor) for name, tensor in tensors if not getattr(tensor, "_is_hf_initialized", False)]
+    if missing:
+        with torch.device(missing[0][1].device):
+            new = from_config(to_config(layer))
+        values = dict([*new.named_parameters(), *new.named_buffers()])
+        for name, tensor in missing:
+            tensor.copy_(values[name])
+    for parameter in layer.parameters():
+        if not parameter.numel():  # the nodes of a tree of depth 0; the library has made them trainable
+            parameter.requires_grad_(False)
+    layer._is_hf_initialized = True

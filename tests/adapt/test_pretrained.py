@@ -1,0 +1,282 @@
+"""Replaced models of transformers through that library's own saving, loading, training and generation.
+
+Its common tests (ModelTesterMixin) are no part of its wheel: these are the checks of that kind that replaced blocks
+could fail.
+"""
+
+import copy
+import json
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import fff
+from fff.adapt import Block, known_block, replace_feedforward, routed
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+pytestmark = pytest.mark.adapt
+
+COMMON = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+MODELS = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES),
+    "bert": ("BertForMaskedLM", "BertConfig", SIZES),
+}
+LAYERS = {
+    "tree": partial(fff.FFF, leaf_width=4, depth=2, mode="straight_through", balance_weight=0.1, runner_up=True),
+    "weighted tree": partial(fff.FFF, leaf_width=4, depth=2, mode="gated", bias_update_rate=0.1, temperature=0.5),
+    "depth 0": partial(fff.FFF, leaf_width=4, depth=0, master_width=3),
+    "mixture": partial(fff.MoE, expert_width=4, num_experts=4, router="sigmoid", base=True, act_layer="gelu"),
+    "a buffer that is not saved": partial(fff.PatchMoE, num_experts=2, num_patches=2, init_scale=1.0),
+}
+TOKENS = torch.arange(14).view(2, 7) * 3 % 50
+
+
+def model_class(name):
+    return getattr(transformers, MODELS[name][0])
+
+
+def build(name, make_ff=LAYERS["tree"], kind=None, **options):
+    _, config, sizes = MODELS[name]
+    config = getattr(transformers, config)(**COMMON, **sizes, **options)
+    model = (kind or model_class(name))(config)
+    if make_ff is not None:
+        replace_feedforward(model, make_ff)
+    return model.eval()
+
+
+def routed_layers(model):
+    return [module for module in model.modules() if isinstance(module, fff.RoutedLayer)]
+
+
+def load(kind, folder, **options):
+    """A loaded model of which the library says that nothing was missing, left over or of another shape."""
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model
+
+
+def check_same_state(model, other):
+    for (name, tensor), (other_name, loaded) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert name == other_name and torch.equal(tensor, loaded) and tensor.requires_grad == loaded.requires_grad, name
+    for (name, tensor), (_, loaded) in zip(model.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(tensor, loaded), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_by_the_library_and_loaded(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    loaded = load(routed(model_class(name)), tmp_path)
+    assert isinstance(loaded, model_class(name)) and len(routed_layers(loaded)) == 2 and not loaded.training
+    check_same_state(model, loaded)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert loaded.loss_type == model.loss_type and loaded.can_generate() == model.can_generate()
+    loaded.save_pretrained(tmp_path / "again")
+    check_same_state(model, load(routed(model_class(name)), tmp_path / "again"))
+    # The trunk alone, and a trunk that was changed before it got its head, know their blocks too.
+    trunk = routed(type(model.base_model)).from_pretrained(tmp_path)
+    assert torch.equal(trunk(TOKENS)[0], model.base_model(TOKENS)[0])
+    other = build(name, None)
+    replace_feedforward(other.base_model, LAYERS["tree"])
+    assert other.config.fff == model.config.fff
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_kind_of_layer(layer, tmp_path):
+    model = build("gpt2", LAYERS[layer])
+    with torch.no_grad():
+        for module in routed_layers(model):
+            for tensor in (*module.parameters(), *([] if "not saved" in layer else module.buffers())):
+                tensor.add_(torch.rand_like(tensor))
+    model.save_pretrained(tmp_path)
+    loaded = load(routed(transformers.GPT2LMHeadModel), tmp_path)
+    check_same_state(model, loaded)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_type_that_is_asked_for(tmp_path):
+    model = build("gpt2")
+    model.save_pretrained(tmp_path)
+    loaded = load(routed(transformers.GPT2LMHeadModel), tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    check_same_state(model.to(torch.bfloat16), loaded)
+    loaded.save_pretrained(tmp_path / "half")
+    kept = load(routed(transformers.GPT2LMHeadModel), tmp_path / "half", dtype="auto")
+    check_same_state(model, kept)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_missing_weights_are_those_of_a_new_layer_and_the_others_stay(layer, tmp_path):
+    """The library builds without memory: what a checkpoint lacks would be whatever lay there."""
+    model = build("gpt2", LAYERS[layer])
+    with torch.no_grad():
+        for module in routed_layers(model):
+            for tensor in module.state_dict().values():
+                tensor.fill_(7.0)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = safetensors.load_file(path)
+    lost = {name for name in state if ".mlp." in name and name.rsplit(".")[-1] not in ("w_out", "b_in")}
+    assert lost
+    safetensors.save_file({name: state[name] for name in state.keys() - lost}, path, metadata={"format": "pt"})
+    # torch.empty would give zeros often enough.
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        loaded, info = routed(transformers.GPT2LMHeadModel).from_pretrained(tmp_path, output_loading_info=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert info["missing_keys"] == lost
+    for module in routed_layers(loaded):
+        new = LAYERS[layer](32)
+        values = dict([*new.named_parameters(), *new.named_buffers()])
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name in ("w_out", "b_in"):
+                assert (tensor == 7).all(), name
+            elif values[name].unique().numel() < 3:  # not random: zeros, ones, the mix of a master leaf
+                assert torch.equal(tensor, values[name]), name
+            else:
+                assert tensor.abs().max() < 1 and tensor.unique().numel() > 2, name
+        assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in new.parameters()]
+
+
+def test_what_was_set_since_is_saved(tmp_path):
+    """A plain checkpoint goes into the routed class, which notes its layers at each saving."""
+    build("gpt2", None).save_pretrained(tmp_path)
+    kind = routed(transformers.GPT2LMHeadModel)
+    model = load(kind, tmp_path)
+    assert not routed_layers(model)
+    replace_feedforward(model, LAYERS["weighted tree"])
+    for layer in routed_layers(model):
+        layer.temperature = 0.1
+    model.save_pretrained(tmp_path / "routed")
+    loaded = load(kind, tmp_path / "routed")
+    assert [layer.temperature for layer in routed_layers(loaded)] == [0.1, 0.1]
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_some_blocks_one_after_the_other(tmp_path):
+    model = build("gpt2", None)
+    for name, layer in (("h.1.mlp", "mixture"), ("h.0.mlp", "tree")):
+        replace_feedforward(model, LAYERS[layer], lambda at, module, n=name: known_block(module) if n in at else None)
+    model.save_pretrained(tmp_path)
+    loaded = load(routed(transformers.GPT2LMHeadModel), tmp_path)
+    assert [type(layer) for layer in routed_layers(loaded)] == [fff.FFF, fff.MoE]
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def last_mlp(name, module):
+    """A block as a user may find one: the layer around the feedforward module has it, which is no known kind."""
+    return Block("mine", (module.mlp.c_fc,), module.mlp.c_proj, place="mlp") if name.endswith("h.1") else None
+
+
+def test_blocks_that_a_function_finds(tmp_path):
+    model = build("gpt2", None)
+    replace_feedforward(model, LAYERS["tree"], last_mlp)
+    model.save_pretrained(tmp_path)
+    loaded = load(routed(transformers.GPT2LMHeadModel, last_mlp), tmp_path)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    with pytest.raises(ValueError, match="replaces transformer.h.1, which is no feedforward block of a known kind"):
+        routed(transformers.GPT2LMHeadModel).from_pretrained(tmp_path)
+
+
+def test_the_library_finds_what_a_model_of_its_own_can():
+    """By the source of the module that has the class."""
+    config = transformers.MixtralConfig(**COMMON, **SIZES, num_key_value_heads=1, num_local_experts=4)
+    model = routed(transformers.MixtralForCausalLM)(config)
+    for name in ("eager", "batched_mm"):
+        model.set_experts_implementation(name)
+        assert model.model.layers[0].mlp.experts.config._experts_implementation == name
+
+
+def test_copies_and_pickles():
+    model = build("gpt2", kind=routed(transformers.GPT2LMHeadModel))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model) and torch.equal(twin(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_errors_name_what_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="AutoModel"):
+        routed(transformers.AutoModelForCausalLM)
+    build("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, named in (
+        ({"h.9.mlp": config["fff"]["h.0.mlp"]}, r"config.fff names \['h.9.mlp'\], which GPT2LMHeadModel does not have"),
+        ({"h.0.mlp": {"class": "Linear", "arguments": {}}}, "class='Linear' is none of"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "fff": {**config["fff"], **changes}}))
+        with pytest.raises(ValueError, match=named):
+            routed(transformers.GPT2LMHeadModel).from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="cannot be loaded by `routed`: FeedForward: act_layer="):
+        model = build("gpt2", partial(fff.FeedForward, hidden_features=8, act_layer=nn.PReLU()))
+    assert not model.config.fff
+
+
+def generated(model, tokens=TOKENS, **options):
+    ask = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    return model.generate(tokens, **{**ask, **options})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_loaded_model_generates_with_cache(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    loaded = load(routed(model_class(name)), tmp_path)
+    expected = generated(model, use_cache=False)
+    assert torch.equal(generated(loaded, use_cache=True), expected)
+    assert routed_layers(loaded)[0].record.index.shape[0] == 2  # one new token of each sequence
+    assert torch.equal(generated(loaded, use_cache=False), expected)
+
+
+def test_a_batch_is_its_rows_and_a_tuple_is_the_output():
+    model = build("gpt2")
+    together = model(TOKENS, output_hidden_states=True)
+    alone = [model(row[None], output_hidden_states=True) for row in TOKENS]
+    for i, states in enumerate(together.hidden_states):
+        each = torch.cat([output.hidden_states[i] for output in alone])
+        torch.testing.assert_close(states, each, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(TOKENS, return_dict=False)[0], together.logits)
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(TOKENS)).logits, together.logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # the name that all of 5.x knows
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = build("gpt2", embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)  # of the runner-up
+        model.zero_grad()
+        loss = model(TOKENS, labels=TOKENS).loss
+        (loss + fff.aux_loss(model)).backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert model.is_gradient_checkpointing
+    for name, gradient in found[0].items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(found[1][name], gradient, msg=lambda text, n=name: n + text)
+
+
+def test_trains_and_continues_what_it_learned(tmp_path):
+    """Sequences that count from any start, modulo 17: each token tells the next."""
+    kind = routed(transformers.GPT2LMHeadModel)
+    model = build("gpt2", kind=kind, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(100):
+        tokens = (torch.randint(0, 17, (16, 1)) + torch.arange(12)) % 17 + 3
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        (loss + fff.aux_loss(model)).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 3.5 and losses[-1] < 0.35  # log 50 = 3.9 for knowing nothing; a tenth of the start is far below
+    model.save_pretrained(tmp_path)
+    count = torch.tensor([[5, 6, 7], [17, 18, 19]])
+    assert generated(load(kind, tmp_path), count)[:, 3:].tolist() == [[8, 9, 10, 11, 12, 13], [3, 4, 5, 6, 7, 8]]
