@@ -8,6 +8,7 @@ from fff.adapt.checkpoints import (
     to_ultrafastbert,
 )
 from fff.adapt.convert import Conversion, from_dense, relative_error
+from fff.adapt.flat import to_flat
 from fff.adapt.inspection import Inspection, inspect, prune
 from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
 
@@ -27,5 +28,6 @@ __all__ = [
     "replace_feedforward",
     "timm_mlp",
     "to_fastfeedforward",
+    "to_flat",
     "to_ultrafastbert",
 ]
