@@ -31,8 +31,9 @@ ACTIVATIONS = ("relu", "gelu", "silu", "relu2", "identity")
 def to_flat(layer: FFF, path: str | PathLike[str]) -> None:
     """Write what evaluation of the layer computes to a file; compile its reader with `cc -O2 -o flat flat.c -lm`.
 
-    Parallel trees, gated units, decision biases and a base (merged into the leaves) are in it. ValueError for what is
-    not: mode "gated", several leaves of a tree, node networks, a master leaf, soft evaluation, an unnamed activation.
+    Parallel trees, gated units, decision biases and a base (merged into the leaves) are in it; a layer of another type
+    becomes float32, and may then decide close cases otherwise. ValueError for what is not in it: mode
+    "gated", several leaves of a tree, node networks, a master leaf, soft evaluation, an unnamed activation.
     """
     activation = _check(layer)
     nodes, leaves = _nodes(layer), _leaves(layer)
