@@ -191,7 +191,7 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
         use_distributed_sampler=False,
     )
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:
         # Lightning answers Ctrl-C by exit(1); here it must end the whole sweep, and say so.
         if isinstance(stop.__context__, KeyboardInterrupt):
@@ -223,7 +223,7 @@ def _readable(checkpoint: Path) -> Path | None:
     if not checkpoint.exists():
         return None
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=False)
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
         print(f"{checkpoint} is unreadable ({last_line(error)}); starting from the first epoch", file=sys.stderr)
         return None

@@ -9,6 +9,7 @@ from fff.adapt.checkpoints import (
 )
 from fff.adapt.convert import Conversion, from_dense, relative_error
 from fff.adapt.experts import experts_forward, register_experts
+from fff.adapt.flat import to_flat
 from fff.adapt.inspection import Inspection, inspect, prune
 from fff.adapt.pretrained import routed
 from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
@@ -32,5 +33,6 @@ __all__ = [
     "routed",
     "timm_mlp",
     "to_fastfeedforward",
+    "to_flat",
     "to_ultrafastbert",
 ]

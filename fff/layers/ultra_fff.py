@@ -101,6 +101,8 @@ class UltraFFF(RoutedLayer):
         if self.backend == "dense":
             on_path = hidden.new_zeros(rows.shape[0], self.w_out.shape[0]).scatter(1, index, hidden)
             y = on_path @ self.w_out
+        elif exporting():  # ONNX knows an embedding bag as a loop over rows only
+            y = torch.bmm(hidden.to(self.w_out.dtype).unsqueeze(1), F.embedding(index, self.w_out)).squeeze(1)
         else:
             y = F.embedding_bag(index, self.w_out, per_sample_weights=hidden.to(self.w_out.dtype), mode="sum")
         if not exporting():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fff.ops.balance import noisy_top_k_load
+from fff.ops.largest import largest
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -43,23 +44,6 @@ class TopKRoute(NamedTuple):
         return torch.zeros_like(self.probability).scatter_add(1, self.index.clamp(min=0), self.gate)
 
 
-def _largest(score: Float[Tensor, "T E"], k: int) -> Int[Tensor, "T k"]:
-    """Indices of the k largest entries of each row, largest first, of equal ones the lower index first."""
-    num = score.shape[-1]
-    if not 1 <= k <= num:
-        raise ValueError(f"k={k}, expected 1 <= k <= number of experts ({num})")
-    limit = torch.finfo(score.dtype)
-    score = score.detach().nan_to_num(limit.max, limit.max, limit.min)
-    if k > 8:
-        return score.argsort(dim=-1, descending=True, stable=True)[:, :k]
-    # Few passes of argmax (first of equal maxima) cost a fraction of a stable sort.
-    chosen = []
-    for _ in range(k):
-        chosen.append(score.argmax(dim=-1, keepdim=True))
-        score = score.scatter(1, chosen[-1], -torch.inf)
-    return torch.cat(chosen, dim=-1)
-
-
 def noisy_top_k(
     logits: Float[Tensor, "T E"],
     k: int,
@@ -81,7 +65,7 @@ def noisy_top_k(
         std = F.softplus(noise_logits) + noise_floor
         noisy = logits + std * (torch.randn_like(logits) if noise is None else noise)
         load = noisy_top_k_load(logits, noisy, std, k) if with_load else None
-    index = _largest(noisy, k)
+    index = largest(noisy, k)
     return TopKRoute(index, noisy.gather(1, index).softmax(-1), noisy.softmax(-1), logits, load)
 
 
@@ -95,7 +79,7 @@ def switch(logits: Float[Tensor, "T E"]) -> TopKRoute:
 
     The paper's jitter multiplies the router's input, before the logits: it belongs to the caller.
     """
-    index = _largest(logits, 1)
+    index = largest(logits, 1)
     probability = logits.softmax(-1)
     return TopKRoute(index, probability.gather(1, index), probability, logits)
 
@@ -104,7 +88,7 @@ def linear_top_1(logits: Float[Tensor, "T E"], noise: Float[Tensor, "T E"] | Non
     """The largest of logits + noise, which is itself the gate, of either sign; Chen et al. 2022 (arXiv 2208.02813), as
     in the authors' code. Their noise is uniform in [0, 1), at test as well."""
     noisy = logits if noise is None else logits + noise
-    index = _largest(noisy, 1)
+    index = largest(noisy, 1)
     return TopKRoute(index, noisy.gather(1, index), noisy.softmax(-1), logits)
 
 
@@ -122,7 +106,7 @@ def sigmoid_bias(logits: Float[Tensor, "T E"], k: int, bias: Float[Tensor, " E"]
     paper's eq. 19. Departure: no scaling factor on the gates.
     """
     score = logits.detach().sigmoid()
-    index = _largest(score if bias is None else score + bias, k)
+    index = largest(score if bias is None else score + bias, k)
     # softmax(log sigmoid) is the normalised sigmoid, also where every sigmoid underflows.
     log_score = F.logsigmoid(logits)
     return TopKRoute(index, log_score.gather(1, index).softmax(-1), log_score.softmax(-1), logits)

@@ -1,5 +1,6 @@
 """The models of timm and transformers themselves, tiny and random; without these libraries the tests are skipped."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from fff.adapt import feedforward_blocks, from_dense, replace_feedforward, timm_
 pytestmark = pytest.mark.adapt
 
 tree = partial(fff.FFF, leaf_width=4, depth=2, mode="straight_through", balance_weight=0.1)
+mixture = partial(fff.MoE, expert_width=4, num_experts=4, router="mixtral", balance_weight=0.1)
 
 
 def timm_vit(name="vit_tiny_patch16_224", **options):
@@ -29,7 +31,8 @@ def transformers_model(kind):
     if kind == "bert":
         return transformers.BertModel(transformers.BertConfig(**common, **sizes)), tokens
     if kind == "gpt2":
-        config = transformers.GPT2Config(**common, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = transformers.GPT2Config(**common, **no_dropout, n_embd=32, n_layer=2, n_head=2, n_positions=32)
         return transformers.GPT2LMHeadModel(config), tokens
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **sizes)), tokens
@@ -153,6 +156,34 @@ def test_transformers(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_transformers_train_and_load(name, tmp_path):
     check_trains_and_loads(partial(transformers_model, name), partial(through_file, path=tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize(
+    "build, make_ff, backend",
+    [
+        pytest.param(timm_vit, tree, "inductor", marks=pytest.mark.slow),
+        (timm_vit, mixture, "aot_eager"),
+        (partial(transformers_model, "gpt2"), tree, "aot_eager"),
+    ],
+    ids=["timm-FFF-inductor", "timm-MoE", "gpt2-FFF"],
+)
+def test_compiles_whole(build, make_ff, backend):
+    """Without a graph break; evaluation and the gradients of one training step are those of the plain model."""
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("no C++ compiler")
+    model, x = build()
+    replace_feedforward(model, make_ff)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(first_tensor(compiled(x)), first_tensor(model(x)), rtol=1e-5, atol=1e-6)
+
+    def gradients(run):
+        model.train().zero_grad()
+        (first_tensor(run(x)).square().mean() + fff.aux_loss(model)).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    torch.testing.assert_close(gradients(compiled), gradients(model), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

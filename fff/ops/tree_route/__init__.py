@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fff.ops.activation import Activation, resolve_activation
 from fff.ops.context import HAS_TRITON
+from fff.ops.largest import largest
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -111,7 +112,9 @@ def path_to(leaf: Int[Tensor, "T P K"], depth: int) -> Path:
     """Nodes and turns from the root to given leaves, which count from 0 within each tree."""
     shift = torch.arange(depth, 0, -1, device=leaf.device)
     heap = leaf.unsqueeze(-1) + 2**depth
-    return Path((heap >> shift) - 1, ((heap >> (shift - 1)) & 1).bool())
+    # By this name and not as `>>`, which has no form in ONNX.
+    shifted, last = torch.bitwise_right_shift(heap, shift), torch.bitwise_right_shift(heap, shift - 1)
+    return Path(shifted - 1, (last & 1).bool())
 
 
 @torch.no_grad()
@@ -191,9 +194,8 @@ def beam_leaves(
         logit = torch.where(logit.isnan(), -torch.inf, logit)
         child_score = torch.cat([score + F.logsigmoid(logit), score + F.logsigmoid(-logit)], dim=2)
         child = torch.cat([2 * node + 2, 2 * node + 1], dim=2)
-        score, order = torch.sort(child_score, dim=2, descending=True, stable=True)
-        kept = min(beam_width, child.shape[2])
-        score, node = score[..., :kept], child.gather(2, order[..., :kept])
+        kept = largest(child_score, min(beam_width, child.shape[2]))
+        score, node = child_score.gather(2, kept), child.gather(2, kept)
     return node[..., :top_k] - (2**depth - 1)
 
 
