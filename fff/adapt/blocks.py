@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fff.ops.activation import ACTIVATIONS
 
 class Widths(NamedTuple):
     """What a linear map takes and gives."""
@@ -61,7 +61,12 @@ _WHOLE = {
 }
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu", "intermediate_act_fn")
 # The kernels know functions by name, and transformers has these under names of its own.
-_SAME = {"GELUActivation": F.gelu, "SiLUActivation": F.silu}
+_SAME = {
+    "GELUActivation": ACTIVATIONS["gelu"],
+    "GELUTanh": ACTIVATIONS["gelu_tanh"],
+    "NewGELUActivation": ACTIVATIONS["gelu_tanh"],
+    "SiLUActivation": ACTIVATIONS["silu"],
+}
 _TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 

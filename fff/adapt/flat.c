@@ -16,10 +16,10 @@ static float affine(const float *w, const float *x, size_t n) { /* n weights, th
   for (size_t i = 0; i < n; i++) sum += w[i] * x[i];
   return sum;
 }
-
 static float activate(uint32_t kind, float z) {
   if (kind == 1) return 0.5f * z * (1 + erff(z * 0.70710678f)); /* gelu */
   if (kind == 2) return z / (1 + expf(-z));                     /* silu */
+  if (kind == 5) return 0.5f * z * (1 + tanhf(z * (0.79788456f + 0.035677408f * z * z))); /* gelu_tanh */
   return kind == 4 ? z : z < 0 ? 0 : kind == 0 ? z : z * z;     /* identity, relu, relu2 */
 }
 
@@ -48,7 +48,7 @@ int main(int argc, char **argv) {
   if (!h || h == MAP_FAILED || memcmp(h->magic, "FFF1", 4)) fail("this is no file of fff.adapt.to_flat");
   double leaf = h->out + (double)h->width * ((h->in + 1.) * (h->glu ? 2 : 1) + h->out); /* double: no overflow */
   double floats = h->trees * ((exp2(h->depth) - 1) * (h->in + 1.) + exp2(h->depth) * leaf);
-  if (sizeof *h + 4 * floats != (double)st.st_size || !h->in || h->depth > 15 || h->activation > 4)
+  if (sizeof *h + 4 * floats != (double)st.st_size || !h->in || h->depth > 15 || h->activation > 5)
     fail("the file is cut off or damaged");
   size_t row = h->in * sizeof(float), got;
   float *x = malloc(row), *y = malloc(h->out * sizeof *y);

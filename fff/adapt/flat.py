@@ -24,7 +24,7 @@ from fff.layers.fff import FFF
 from fff.ops.activation import activation_name
 
 MAGIC = b"FFF1"
-ACTIVATIONS = ("relu", "gelu", "silu", "relu2", "identity")
+ACTIVATIONS = ("relu", "gelu", "silu", "relu2", "identity", "gelu_tanh")
 
 
 @torch.no_grad()

@@ -8,11 +8,16 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Activation = Literal["relu", "gelu", "silu", "relu2", "identity"] | Callable[[Tensor], Tensor]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "identity"] | Callable[[Tensor], Tensor]
 
 
 def _identity(x: Tensor) -> Tensor:
     return x
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """The approximation that GPT-2 was trained with (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2)."""
+    return F.gelu(x, approximate="tanh")
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -22,6 +27,7 @@ def _relu2(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
     "silu": F.silu,
     "relu2": _relu2,
     "identity": _identity,
@@ -36,7 +42,9 @@ _NAMES = {function: name for name, function in ACTIVATIONS.items()}
 def activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
     """The name that a resolved activation has; None if it has none."""
     if isinstance(act, nn.Module):
-        return "gelu" if type(act) is nn.GELU and act.approximate == "none" else _MODULES.get(type(act))
+        if type(act) is nn.GELU:
+            return {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
+        return _MODULES.get(type(act))
     return _NAMES.get(act)
 
 

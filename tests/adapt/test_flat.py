@@ -9,6 +9,7 @@ import torch
 
 import fff
 from fff.adapt import flat, to_flat
+from fff.ops.activation import ACTIVATIONS
 
 SOURCE = flat.__file__.replace(".py", ".c")
 
@@ -37,7 +38,7 @@ def randomised(layer):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"act_layer": name} for name in ("relu", "gelu", "silu", "relu2", "identity")),
+        *({"act_layer": name} for name in ACTIVATIONS),
         {"act_layer": torch.nn.GELU, "bias": False},
         {"act_layer": "silu", "glu": True, "num_trees": 3},
         {"base": True, "num_trees": 2},

@@ -204,6 +204,15 @@ def test_generation_with_cache(name):
     assert layer.record.index.shape[0] == 2  # one new token of each sequence
 
 
+def test_gpt2_keeps_its_approximate_gelu():
+    """By name, so that kernels know it and a configuration can tell it."""
+    model, tokens = transformers_model("gpt2")
+    expected = model.eval()(tokens).logits
+    replace_by_copies(model)
+    assert [config["arguments"]["act_layer"] for config in model.config.fff.values()] == ["gelu_tanh"] * 2
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_bert_converts_layer_by_layer():
     """Inputs of every block are caught by hooks, then each becomes a tree with leaves of all units: exact."""
     model, tokens = transformers_model("bert")

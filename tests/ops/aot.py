@@ -85,7 +85,7 @@ def dispatches() -> Iterator[None]:
         yield dispatch(dtype, 1000, 32, 2, "gelu", True)
         yield dispatch(dtype, 1000, 256, 1, "relu", False)
     for width in (64, 128):
-        yield dispatch(torch.bfloat16, 1000, width, 1, "gelu", False)
+        yield dispatch(torch.bfloat16, 1000, width, 1, "gelu_tanh", False)
     yield dispatch(torch.float16, 7, 3, 1, "silu", False, all_inputs=False, keep=False)
     torch.set_float32_matmul_precision("high")
     yield dispatch(torch.float32, 1000, 32, 1, "relu2", True)

@@ -121,7 +121,7 @@ def test_reference_is_the_formula_for_one_row_by_hand():
 
 
 @pytest.mark.parametrize("backend", ["reference", "dense", *HARD])
-@pytest.mark.parametrize("activation", ["gelu", "silu", "relu2", "identity"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu2", "identity"])
 def test_gradcheck(backend, activation):
     soft = backend in ("dense", "reference")
     index = None if soft else torch.tensor([[0, 2], [2, -1], [1, 0]])
@@ -152,7 +152,7 @@ def test_low_precision_is_kept_and_near(backend, dtype, tolerance):
 def test_every_activation_and_any_callable():
     x, index = torch.randn(6, 4), torch.randint(3, (6, 1))
     weights = [w.detach().float() for w in parameters(4, 3, 2, 3)]
-    for activation in [*ACTIVATIONS, torch.tanh, nn.GELU, nn.SiLU()]:
+    for activation in [*ACTIVATIONS, torch.tanh, nn.GELU, nn.GELU("tanh"), nn.SiLU()]:
         expected = expert_mlp(x, index, None, *weights, activation=activation, backend="reference")
         actual = expert_mlp(x, index, None, *weights, activation=activation, backend="grouped")
         torch.testing.assert_close(actual, expected)

@@ -176,6 +176,7 @@ LAYERS = {
     "no bias": {"bias": False},
     "glu": {"glu": True, "act_layer": "silu"},
     "gelu module": {"act_layer": nn.GELU},
+    "approximate gelu module": {"act_layer": nn.GELU("tanh")},
     "three trees": {"num_trees": 3},
     "master leaf": {"master_width": 2},
     "temperature": {"temperature": 3.0},

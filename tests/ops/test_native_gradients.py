@@ -76,6 +76,16 @@ def test_slopes_of_the_activations(name, glu):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_far_tails_stay_finite(name):
+    call = call_of(6, 3, 1, 1, 5, 1)
+    call["w_in"] = torch.ones_like(call["w_in"])
+    call["x"] = torch.tensor([-1e20, -100.0, -1.0, 1.0, 100.0, 1e20])[:, None].expand(6, 3).clone()
+    index, grad_y = torch.zeros(6, 1, dtype=torch.int64), torch.randn(6, 5)
+    found = gradients(call, index, grad_y, "native", activation=name)
+    assert_same(found, gradients(call, index, grad_y, "reference", activation=name, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("choices", [1, 2])
 def test_left_out_and_repeated_choices(choices):
     call, grad_y = call_of(150, 8, 3, 4, 5, choices), torch.randn(150, 5)

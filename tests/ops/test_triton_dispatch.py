@@ -109,7 +109,7 @@ def test_slopes_of_the_activations(name, glu):
     assert_computes(call, torch.randint(4, (30, 1), device=DEVICE), activation=name, glu=glu)
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu"])
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
 def test_far_tails_stay_finite(name):
     call, index = call_of(6, 3, 2, 4, 5, 1), torch.zeros(6, 1, dtype=torch.int64, device=DEVICE)
     call["w_in"] = torch.full_like(call["w_in"], 1.0)

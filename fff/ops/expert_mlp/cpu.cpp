@@ -193,15 +193,24 @@ inline void with_constant(int n, const F& f) {
 
 // ---- activations
 
-enum class Activation { relu, gelu, silu, relu2, identity };
+// Of the approximate gelu: sqrt(2 / pi), and the share of the cube.
+constexpr float GELU_SLOPE = float(M_2_SQRTPI * M_SQRT1_2), GELU_CUBE = 0.044715f;
+
+enum class Activation { relu, gelu, gelu_tanh, silu, relu2, identity };
 
 Activation parse(c10::string_view name) {
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "silu") return Activation::silu;
   if (name == "relu2") return Activation::relu2;
-  TORCH_CHECK_VALUE(name == "identity", "activation='", name, "' is none of gelu, identity, relu, relu2, silu");
+  TORCH_CHECK_VALUE(name == "identity", "activation='", name, "' is none of gelu, gelu_tanh, identity, relu, relu2, silu");
   return Activation::identity;
+}
+
+// tanh(u) of v / 2 * (1 + tanh(u)), the approximate gelu.
+inline Vec tanh_of_gelu(const Vec& v) {
+  return (v * (Vec(GELU_SLOPE) + Vec(GELU_SLOPE * GELU_CUBE) * v * v)).tanh();
 }
 
 inline Vec apply(Activation activation, const Vec& v) {
@@ -210,6 +219,8 @@ inline Vec apply(Activation activation, const Vec& v) {
       return at::vec::clamp_min(v, Vec(0.f));
     case Activation::gelu:
       return Vec(0.5f) * v * (Vec(1.f) + (v * Vec(float(M_SQRT1_2))).erf());
+    case Activation::gelu_tanh:
+      return Vec(0.5f) * v * (Vec(1.f) + tanh_of_gelu(v));
     case Activation::silu:
       return v / (Vec(1.f) + v.neg().exp());
     case Activation::relu2: {
@@ -489,6 +500,12 @@ inline Vec slope(Activation activation, const Vec& v) {
     case Activation::gelu: {
       Vec below = Vec(0.5f) * (one + (v * Vec(float(M_SQRT1_2))).erf());
       return below + v * Vec(float(M_2_SQRTPI * M_SQRT1_2 / 2)) * (Vec(-0.5f) * v * v).exp();
+    }
+    case Activation::gelu_tanh: {
+      const Vec turn = tanh_of_gelu(v), steep = Vec(GELU_SLOPE) + Vec(3 * GELU_SLOPE * GELU_CUBE) * v * v;
+      // Far out, 1 - tanh^2 is 0 and the square of v may be infinite.
+      const Vec bend = v * (one - turn * turn) * at::vec::minimum(steep, Vec(1e4f));
+      return Vec(0.5f) * (one + turn + bend);
     }
     case Activation::silu: {
       Vec share = one / (one + v.neg().exp());

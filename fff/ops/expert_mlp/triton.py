@@ -75,11 +75,19 @@ def tiles(choices: int, num_experts: int, width: int, itemsize: int) -> Tiles:
 
 
 @triton.jit
+def _gelu_share(z):
+    """(1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)."""
+    return 1 / (1 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+
+
+@triton.jit
 def _act(z, ACT: tl.constexpr):
     if ACT == "relu":
         z = tl.where(z < 0, 0.0, z)  # a nan stays one
     elif ACT == "gelu":
         z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        z = z * _gelu_share(z)
     elif ACT == "silu":
         z = z / (1 + tl.exp(-z))
     elif ACT == "relu2":
@@ -93,6 +101,10 @@ def _slope(z, ACT: tl.constexpr):
         s = tl.where(z > 0, 1.0, 0.0)
     elif ACT == "gelu":
         s = 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif ACT == "gelu_tanh":
+        share = _gelu_share(z)
+        steep = 1.5957691216057308 * (1 + 0.134145 * tl.minimum(z * z, 1e4))  # where z^2 is larger, share is 0 or 1
+        s = share * (1 + z * (1 - share) * steep)
     elif ACT == "silu":
         sigmoid = 1 / (1 + tl.exp(-z))
         s = sigmoid * (1 + z * (1 - sigmoid))
