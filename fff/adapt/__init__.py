@@ -8,6 +8,7 @@ from fff.adapt.checkpoints import (
     to_ultrafastbert,
 )
 from fff.adapt.convert import Conversion, from_dense, relative_error
+from fff.adapt.distill import convert_feedforward, distillation
 from fff.adapt.inspection import Inspection, inspect, prune
 from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
 
@@ -16,6 +17,8 @@ __all__ = [
     "Conversion",
     "Inspection",
     "Replacement",
+    "convert_feedforward",
+    "distillation",
     "feedforward_blocks",
     "from_dense",
     "from_fastfeedforward",
