@@ -114,10 +114,3 @@ def test_no_file_names_a_machine():
             continue
         hit = machine.search(path.read_text(errors="replace"))
         assert hit is None, f"{path.relative_to(ROOT)}: {hit.group()!r}"
-
-
-def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
