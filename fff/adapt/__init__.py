@@ -8,6 +8,7 @@ from fff.adapt.checkpoints import (
     to_ultrafastbert,
 )
 from fff.adapt.convert import Conversion, from_dense, relative_error
+from fff.adapt.distill import convert_feedforward, distillation
 from fff.adapt.experts import experts_forward, register_experts
 from fff.adapt.flat import to_flat
 from fff.adapt.inspection import Inspection, inspect, prune
@@ -19,6 +20,8 @@ __all__ = [
     "Conversion",
     "Inspection",
     "Replacement",
+    "convert_feedforward",
+    "distillation",
     "experts_forward",
     "feedforward_blocks",
     "from_dense",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fff.ops.activation import ACTIVATIONS
 
+
 class Widths(NamedTuple):
     """What a linear map takes and gives."""
 

@@ -196,6 +196,10 @@ def aux_loss(model: nn.Module) -> Tensor:
 
     Add it to the task loss once per forward pass. A layer called several times in one pass counts its last call; one
     that a pass leaves out still has the record of the pass before.
+
+    A loss of balance (of `fff.ops.balance` all but entropies and z-losses) is that of the rows of one forward pass:
+    over micro-batches, or the processes of a distributed run, the mean of theirs, which is not that of all rows
+    together. Entropies, z-losses and, over processes, the load that moves decision biases are those of all rows.
     """
     losses = [record.aux_loss for _, record in routing(model)]
     if losses:

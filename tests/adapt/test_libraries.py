@@ -1,5 +1,6 @@
 """The models of timm and transformers themselves, tiny and random; without these libraries the tests are skipped."""
 
+import copy
 import shutil
 from functools import partial
 
@@ -8,7 +9,14 @@ import torch
 from torch import nn
 
 import fff
-from fff.adapt import feedforward_blocks, from_dense, replace_feedforward, timm_mlp
+from fff.adapt import (
+    convert_feedforward,
+    distillation,
+    feedforward_blocks,
+    from_dense,
+    replace_feedforward,
+    timm_mlp,
+)
 
 pytestmark = pytest.mark.adapt
 
@@ -233,3 +241,15 @@ def test_bert_converts_layer_by_layer():
     )
     replace_feedforward(model, lambda in_features, out_features: next(made))
     torch.testing.assert_close(first_tensor(model(tokens)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm", *BLOCKS])
+def test_conversion_and_distillation(name):
+    """Leaves with all units answer as the blocks, whichever leaf it is, so that there is no distance."""
+    teacher, x = timm_vit() if name == "timm" else transformers_model(name)
+    model, (first, *_) = copy.deepcopy(teacher), feedforward_blocks(teacher).values()
+    found = convert_feedforward(model, lambda: model(x), depth=1, leaf_width=first.last.weight.numel() // 32)
+    assert len(found) == 2
+    with distillation(model.train(), teacher) as distance:
+        model(x)
+        assert distance().item() < 1e-6

@@ -1,8 +1,12 @@
 """The producer's record is what the layout draws."""
 
 import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experiments import regions, tables
 
@@ -55,3 +59,17 @@ def test_grid_is_read_as_rows_of_y():
     grid = regions.grid_points(x, y)
     assert grid.view(2, 3, 2)[:, :, 0].tolist() == [[0, 0.5, 1]] * 2
     assert grid.view(2, 3, 2)[:, :, 1].tolist() == [[5, 5, 5], [6, 6, 6]]
+
+
+def test_the_picture_of_the_front_page_is_drawn_from_the_committed_record(tmp_path):
+    """Byte for byte, by the version of the library that drew it."""
+    root = Path(__file__).resolve().parents[2]
+    installed = version("matplotlib")
+    if f"matplotlib=={installed}\n" not in (root / "requirements.lock").read_text():
+        pytest.skip(f"matplotlib {installed} is not that of requirements.lock, and another draws other bytes")
+    (tmp_path / "runs").mkdir()
+    shutil.copy(root / "results" / "runs" / "regions.npz", tmp_path / "runs")
+    assert tables.main(["regions", "--runs-dir", str(tmp_path), "--results-dir", str(tmp_path)]) == 0
+    for name in ("regions_map.png", "regions_map.svg"):
+        drawn = (tmp_path / "figures" / name).read_bytes()
+        assert drawn == (root / "results" / "figures" / name).read_bytes(), name

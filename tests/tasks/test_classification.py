@@ -1,5 +1,6 @@
 """Loss, optimiser and schedules of the classification task."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -78,6 +79,18 @@ def test_one_step_is_that_of_the_plain_formula(data, fit, rows):
     expected = linear.weight - torch.autograd.grad(loss, linear.weight)[0]
     fit(task, data(), max_epochs=1)
     torch.testing.assert_close(linear.weight, expected)
+
+
+def test_fast_dev_run_is_one_step_of_the_plain_formula_and_has_results(data, fit, rows):
+    task, module = make_tree(), data(batch_size=6)
+    x, y = next(iter(module.train_dataloader()))[:2]
+    model = copy.deepcopy(task.model)
+    (F.cross_entropy(model(x), y) + fff.aux_loss(model)).backward()
+    trainer = fit(task, module, max_epochs=1, fast_dev_run=True)
+    assert trainer.global_step == 1
+    for parameter, plain in zip(task.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, plain - 0.1 * plain.grad)
+    assert task.results(module)["metrics"]["epochs"] == 1
 
 
 def test_task_loss_and_auxiliary_losses_are_logged_apart_and_weighted_by_rows(data, fit, rows, tmp_path):

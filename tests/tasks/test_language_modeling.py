@@ -1,5 +1,6 @@
 """A language model learns a text, is measured by the weights of its best validation loss, and resumes where it was."""
 
+import copy
 import math
 from functools import partial
 
@@ -133,6 +134,21 @@ def test_the_auxiliary_loss_is_added_once_for_each_layer(data, fit):
     task.warmup_steps = 0
     fit(task, module, max_epochs=1, limit_train_batches=1)
     assert [block.ff.price.item() for block in task.model.blocks] == [-0.5, -0.5]
+
+
+def test_fast_dev_run_is_one_step_of_the_plain_formula_and_has_results(data, fit):
+    module = data()
+    task = make_task(module, warmup_steps=0)
+    task.make_optimizer = partial(torch.optim.SGD, lr=1.0)
+    model = copy.deepcopy(task.model)
+    x, y = next(iter(module.train_dataloader()))
+    (F.cross_entropy(model(x).flatten(0, 1), y.flatten()) + fff.aux_loss(model)).backward()
+    trainer = fit(task, module, max_epochs=1, fast_dev_run=True)
+    assert trainer.global_step == 1
+    for parameter, plain in zip(task.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, plain - plain.grad)
+    metrics = task.results(module)["metrics"]
+    assert metrics["epochs"] == 1 and metrics["test_loss"] > 0
 
 
 @pytest.mark.parametrize("warmup, final", [(0, 0.1), (4, 0.0), (10, 0.5), (30, 0.1)])
