@@ -131,6 +131,8 @@ class RoutedLayer(nn.Module, ABC):
     out_features: int
     trace_nodes: bool = False
     router_names: tuple[str, ...] = ()
+    # Whether the answer to a row depends on the other rows, in evaluation as well.
+    mixes_rows: bool = False
 
     def __init__(self) -> None:
         super().__init__()
