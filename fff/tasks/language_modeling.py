@@ -133,7 +133,8 @@ class LanguageModeling(RoutedTask):
         measured = {
             "test_loss": test.loss,
             "bits_per_character": test.loss / math.log(2),
-            "perplexity": math.exp(test.loss),
+            # The largest float is exp(709.8).
+            "perplexity": math.inf if test.loss > 709 else math.exp(test.loss),
             "test_loss_soft": soft,
             "test_accuracy": test.routing.accuracy,
             **test.routing.usage_metrics,

@@ -100,6 +100,16 @@ def test_the_soft_mixture_is_measured_beside_the_hard_route(data, fit):
         assert not soft or found["test_loss_soft"] != found["test_loss"]
 
 
+def test_a_loss_beyond_what_exp_can_tell_has_an_infinite_perplexity(data, fit):
+    """Finite weights can be so wrong that the perplexity is no float; the run is to be recorded all the same."""
+    module = data()
+    task = make_task(module, DENSE)
+    fit(task, module, max_epochs=1, limit_train_batches=1)
+    task.protocol.best_weights["norm.weight"] *= 1e6
+    metrics = task.results(module)["metrics"]
+    assert 710 < metrics["test_loss"] < math.inf and metrics["perplexity"] == math.inf
+
+
 def test_without_feedforward_layers_nothing_is_routed(data, fit):
     module = data()
     task = make_task(module, fff.NoFeedForward, keep_routes=True)
