@@ -145,6 +145,29 @@ def test_the_auxiliary_loss_is_added_once_for_each_layer(data, fit):
     assert [block.ff.price.item() for block in task.model.blocks] == [-0.5, -0.5]
 
 
+def test_weight_decay_is_that_of_matrices_and_embeddings(data):
+    """Biases of experts are matrices, but biases; of deviations from a base `deviation_decay` has the say."""
+    module = data()
+    make_ff = partial(TREE, base=True, master_width=2)
+    optimizer = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    for options, deviations in (({}, {0.5, 0.0}), ({"deviation_decay": 2.0, "router_lr_factor": 3.0}, {2.0})):
+        task = make_task(module, make_ff, depth=1, **options)
+        task.make_optimizer = optimizer
+        groups = task.build_optimizer().param_groups
+        found = {name: group for group in groups for name in group["param_names"]}
+        assert {*found} == {name for name, _ in task.model.named_parameters()}
+        own = {name: found.pop(f"blocks.0.ff.{name}") for name in ("w_in", "b_in", "w_out", "b_out")}
+        assert {group["weight_decay"] for group in own.values()} == deviations
+        assert {name for name, group in found.items() if group["weight_decay"] == 0.5} == {
+            *("embed.weight", "position", "blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight"),
+            *(f"blocks.0.ff.{name}" for name in ("base_w_in", "base_w_out", "master_w_in", "master_w_out")),
+            "blocks.0.ff.node_weight",
+        }
+        assert all(group["weight_decay"] in (0.0, 0.5) for group in found.values())
+        nodes = found["blocks.0.ff.node_weight"], found["blocks.0.ff.node_bias"]
+        assert [group["lr"] for group in nodes] == pytest.approx(2 * [0.1 * options.get("router_lr_factor", 1.0)])
+
+
 @pytest.mark.parametrize("warmup, final", [(0, 0.1), (4, 0.0), (10, 0.5), (30, 0.1)])
 def test_the_rate_rises_and_falls(warmup, final):
     rates = [warmup_cosine(warmup, 20, final)(step) for step in range(20)]
