@@ -150,7 +150,7 @@ class LanguageModeling(RoutedTask):
 
     def routes(self, data: LightningDataModule) -> dict[str, np.ndarray] | None:
         """`measure_text_routes` of the weights that `results` measured and left in the model; None without any, or
-        where no layer has two experts."""
+        where no layer chooses among its experts."""
         if not self.protocol.best_weights:
             return None
         return measure_text_routes(self.model, data.test_dataloader(), data.class_names)

@@ -120,14 +120,19 @@ def _routing(study: str, kept: dict[str, list[Arrays]]) -> Table:
     for model, arrays in kept.items():
         for place, layer in enumerate(arrays[0]["layer"]):
             chance = [_chance(run["count"][place]) for run in arrays]
-            repeated = [float(run["repeated"][place]) for run in arrays]
+            repeated, shared, shared_chance = (
+                percent(float(np.mean([run[name][place] for run in arrays])))
+                for name in ("repeated", "shared", "shared_chance")
+            )
             told = [_told(run["count"][place]) for run in arrays]
             lines.append(
                 {
                     "feedforward layer": model,
                     "block": str(layer),
-                    "neighbours together, %": percent(float(np.mean(repeated))),
+                    "first choice again, %": repeated,
                     "by chance": percent(float(np.mean(chance))),
+                    "first or second, %": shared,
+                    "those by chance": shared_chance,
                     "class told, %": percent(float(np.mean(told))),
                 }
             )
@@ -135,10 +140,12 @@ def _routing(study: str, kept: dict[str, list[Arrays]]) -> Table:
         f"{study}_routing",
         "Characters of Shakespeare: do neighbours and classes go together?",
         pd.DataFrame(lines),
-        "Of first choices on the test text, of several trees in the first; means over the runs. Neighbours together:"
-        " share of the pairs of consecutive characters that go to one leaf (expert); by chance: were they drawn"
-        " independently by the loads. Class told: share of the entropy of the class of a character (upper or lower"
-        " vowel or consonant, space, newline, digit, punctuation) that its leaf tells, 0 by chance.",
+        "On the test text, of several trees in the first; means over the runs. First choice again: share of the pairs"
+        " of consecutive characters whose first choice is one leaf (expert); by chance: were they drawn independently"
+        " by the loads. First or second: share of the pairs that have one of their first two choices in common; those"
+        " by chance: were the two of a character drawn regardless of its neighbour. Class told: share of the entropy of"
+        " the class of a character (upper or lower vowel or consonant, space, newline, digit, punctuation) that its"
+        " first choice tells, 0 by chance.",
         2,
     )
 
@@ -200,7 +207,6 @@ def _classes(kept: dict[str, list[Arrays]]) -> Figure:
 
 
 def _excess(count: np.ndarray) -> np.ndarray:
-    """In points, (C, E); 0 for a class that is not in the text. Of several trees the first alone is counted."""
-    count = count[:, : int(np.flatnonzero(count.sum(0)).max()) + 1]
+    """In points, (C, E); 0 for a class that is not in the text."""
     of_class, every = count.sum(1, keepdims=True), count.sum(0) / count.sum()
     return np.where(of_class > 0, 100 * (count / np.maximum(of_class, 1) - every), 0.0)
