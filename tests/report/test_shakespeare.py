@@ -51,6 +51,8 @@ def report(tmp_path):
                 "metrics.training_width": layer.get("layer.hidden_features", 0),
                 "metrics.leaves_used": 3,
                 "wall_time_s": 1,
+                "data.context": 128,
+                "hardware.threads": 1 + i % 2,
                 **layer,
             }
             for i, (layer, loss, _) in enumerate(runs)
@@ -117,6 +119,12 @@ def test_what_a_leaf_has_of_a_class_is_set_against_its_load():
     # A leaf without characters is shown, the last one too.
     found = shakespeare._excess(np.array([[1, 1, 0], [2, 0, 0], [0, 0, 0]]))
     assert found.tolist() == [[-25, 25, 0], [25, -25, 0], [0, 0, 0]]
+
+
+def test_the_notes_tell_what_loss_and_speed_depend_on(report):
+    made, _, _ = report((TREE, 1.0, None), (DENSE, 1.0, None))
+    assert all("in windows of 128 characters" in table.note for table in made.tables)
+    assert "(CPU threads: 1 or 2)" in made.tables[0].note
 
 
 def test_a_layer_whose_runs_kept_no_routes_is_told(report):
