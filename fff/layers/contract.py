@@ -132,6 +132,8 @@ class RoutedLayer(nn.Module, ABC):
     out_features: int
     trace_nodes: bool = False
     router_names: tuple[str, ...] = ()
+    # Whether the answer to a row depends on the other rows, in evaluation as well.
+    mixes_rows: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         layer = super().__new__(cls)

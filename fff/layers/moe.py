@@ -149,6 +149,10 @@ class MoE(ExpertLayer):
             self.decision_bias.zero_()
 
     @property
+    def mixes_rows(self) -> bool:
+        return self.router == "expert_choice"
+
+    @property
     def size(self) -> Size:
         """The router evaluates all E scores for every row; its noise, trained with it, is not counted."""
         training_width = self.num_experts * self.expert_width + self.shared_width

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fff.layers.contract import RoutedLayer
 from fff.models.transformer import Block
 
 
@@ -20,7 +21,8 @@ class GPT(nn.Module):
     The output layer is the embedding of the tokens (tied), without a bias. Embeddings begin normal with deviation 0.02,
     as GPT-2's; all else begins as its layers do.
 
-    make_ff: called once for each block as `make_ff(dim, out_features=dim)`.
+    make_ff: called once for each block as `make_ff(dim, out_features=dim)`; ValueError for a layer whose answer to a
+        row depends on the other rows (`RoutedLayer.mixes_rows`), by which a token would see later ones.
     in_shape: (longest P,).  num_classes: V.
     depth: number of blocks.  heads: of each attention; they share dim.
     dropout: of the embedded tokens, the attention weights and what each block adds, in training.
@@ -44,6 +46,9 @@ class GPT(nn.Module):
         self.position = nn.Parameter(torch.empty(in_shape[0], dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(Block(make_ff, dim, heads, causal=True, dropout=dropout) for _ in range(depth)))
+        for layer in self.blocks.modules():
+            if isinstance(layer, RoutedLayer) and layer.mixes_rows:
+                raise ValueError(f"make_ff gives {layer}: a row's answer depends on other rows, so on later tokens")
         self.norm = nn.LayerNorm(dim)
         for weight in (self.embed.weight, self.position):
             nn.init.normal_(weight, std=0.02)

@@ -43,7 +43,8 @@ class LanguageModeling(RoutedTask):
     """Trains a model of (B, P) tokens -> (B, P, V) logits; with `protocol_callbacks()` in the Trainer, `results` then
     measures the run.
 
-    optimizer, router_lr_factor, deviation_decay: see `RoutedTask`.
+    optimizer, router_lr_factor, deviation_decay: see `RoutedTask`. The optimiser's weight decay is for matrices and
+        embeddings; biases, also those of experts, and normalisation weights have none, as in GPT.
     warmup_steps: optimiser steps in which the learning rate rises to its full value; from there it falls, by a cosine
         over the steps that the Trainer has left, to `final_lr` of it.
     keep_routes: whether the record of a run is to have `routes`.
@@ -76,6 +77,11 @@ class LanguageModeling(RoutedTask):
         optimizer = self.build_optimizer()
         factor = warmup_cosine(self.warmup_steps, self._num_steps(), self.final_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def parameter_settings(self) -> dict[int, dict[str, float]]:
+        own = super().parameter_settings()
+        undecayed = [id(p) for name, p in self.model.named_parameters() if _is_undecayed(name, p)]
+        return own | {key: {"weight_decay": 0.0} | own.get(key, {}) for key in undecayed}
 
     def _num_steps(self) -> int:
         """Of the optimiser in the whole run."""
@@ -133,7 +139,8 @@ class LanguageModeling(RoutedTask):
         measured = {
             "test_loss": test.loss,
             "bits_per_character": test.loss / math.log(2),
-            "perplexity": math.exp(test.loss),
+            # The largest float is exp(709.8).
+            "perplexity": math.inf if test.loss > 709 else math.exp(test.loss),
             "test_loss_soft": soft,
             "test_accuracy": test.routing.accuracy,
             **test.routing.usage_metrics,
@@ -143,10 +150,16 @@ class LanguageModeling(RoutedTask):
 
     def routes(self, data: LightningDataModule) -> dict[str, np.ndarray] | None:
         """`measure_text_routes` of the weights that `results` measured and left in the model; None without any, or
-        where no layer has two experts."""
+        where no layer chooses among its experts."""
         if not self.protocol.best_weights:
             return None
         return measure_text_routes(self.model, data.test_dataloader(), data.class_names)
+
+
+def _is_undecayed(name: str, parameter: Tensor) -> bool:
+    """Vectors, and the biases of experts: matrices of a row for each, called `b_in`, `shared_b_out` and so on."""
+    words = name.rpartition(".")[2].split("_")
+    return parameter.dim() < 2 or "b" in words or "bias" in words
 
 
 class TextEvaluation(NamedTuple):

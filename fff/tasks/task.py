@@ -80,9 +80,10 @@ class RoutedTask(LightningModule, ABC):
             group["lr"] *= group.pop("lr_factor", 1.0)
         return optimizer
 
-    def _optimized(self) -> Iterable[tuple[str, Parameter]] | list[dict[str, Any]]:
+    def parameter_settings(self) -> dict[int, dict[str, float]]:
+        """What the optimiser does otherwise with some parameters, by their id: "lr_factor", and its own settings."""
         layers = [module for module in self.model.modules() if isinstance(module, RoutedLayer)]
-        settings: dict[int, dict[str, float]] = {}  # of parameters, by id
+        settings: dict[int, dict[str, float]] = {}
         if self.router_lr_factor != 1.0:
             router = [p for layer in layers for p in layer.router_parameters()]
             if not router:
@@ -93,6 +94,10 @@ class RoutedTask(LightningModule, ABC):
             if not deviations:
                 raise ValueError(f"deviation_decay={self.deviation_decay!r}: no layer of the model has a base")
             settings |= {id(p): {"weight_decay": self.deviation_decay} for p in deviations}
+        return settings
+
+    def _optimized(self) -> Iterable[tuple[str, Parameter]] | list[dict[str, Any]]:
+        settings = self.parameter_settings()
         if not settings:
             return self.model.named_parameters()
         groups: dict[tuple, dict[str, Any]] = {(): {"params": []}}  # the rest first, even where there is none

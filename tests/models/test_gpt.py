@@ -48,6 +48,12 @@ def test_a_later_token_changes_no_earlier_logit(make_ff):
     assert not any(torch.allclose(changed[:, i], y[:, i], atol=1e-5) for i in range(5, 9))
 
 
+def test_a_layer_that_would_show_later_tokens_is_refused():
+    """An expert that takes its best rows of all prefers a later token to an earlier one."""
+    with pytest.raises(ValueError, match="router='expert_choice'.* depends on other rows"):
+        gpt(partial(fff.MoE, expert_width=2, num_experts=4, router="expert_choice"))
+
+
 def test_places_matter():
     model = gpt().eval()
     y = model(torch.full((1, 9), 3))

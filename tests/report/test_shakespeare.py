@@ -17,12 +17,14 @@ NONE = {"layer._target_": "fff.NoFeedForward"}
 ULTRA = {"layer._target_": "fff.UltraFFF", "layer.depth": 6, "layer.num_trees": 9}
 
 
-def routes(count, repeated=0.75):
+def routes(count, repeated=0.75, shared=np.nan, shared_chance=np.nan):
     """One layer; the two classes of `count` (2, E) are the first two."""
     full = np.zeros((1, 8, len(count[0])), dtype=np.int32)
     full[0, :2] = count
     classes = np.array([f"class {i}" for i in range(8)])
-    return {"count": full, "repeated": np.array([repeated]), "layer": np.array([1]), "classes": classes}
+    shares = {"repeated": repeated, "shared": shared, "shared_chance": shared_chance}
+    named = {name: np.array([share]) for name, share in shares.items()}
+    return {"count": full, **named, "layer": np.array([1]), "classes": classes}
 
 
 @pytest.fixture
@@ -49,6 +51,8 @@ def report(tmp_path):
                 "metrics.training_width": layer.get("layer.hidden_features", 0),
                 "metrics.leaves_used": 3,
                 "wall_time_s": 1,
+                "data.context": 128,
+                "hardware.threads": 1 + i % 2,
                 **layer,
             }
             for i, (layer, loss, _) in enumerate(runs)
@@ -99,14 +103,28 @@ def test_layers_stand_beside_each_other_with_their_loss_and_cost(report):
 )
 def test_what_a_leaf_tells_of_the_class_of_a_character(report, count, chance, told):
     _, text, drawn = report((TREE, 1.0, routes(count, repeated=0.75)))
-    assert cells_of(text, "FFF, 2 x 8, soft", "1") == ["75.0", chance, told]
+    assert cells_of(text, "FFF, 2 x 8, soft", "1") == ["75.0", chance, "–", "–", told]
     assert ">class 0<" in drawn["routing"]
+
+
+def test_two_choices_have_shares_of_their_own(report):
+    _, text, _ = report(
+        (TREE, 1.0, routes([[1, 1], [1, 1]], 0.25, 0.6, 0.5)), (TREE, 1.0, routes([[2, 0]] * 2, 0.35, 0.8, 0.7))
+    )
+    assert cells_of(text, "FFF, 2 x 8, soft", "1") == ["30.0", "75.0", "70.0", "60.0", "0.0"]
 
 
 def test_what_a_leaf_has_of_a_class_is_set_against_its_load():
     # Leaf 0 has 3 of 4 characters: half of the first class and all of the second. The third is not in the text.
+    # A leaf without characters is shown, the last one too.
     found = shakespeare._excess(np.array([[1, 1, 0], [2, 0, 0], [0, 0, 0]]))
-    assert found.tolist() == [[-25, 25], [25, -25], [0, 0]]
+    assert found.tolist() == [[-25, 25, 0], [25, -25, 0], [0, 0, 0]]
+
+
+def test_the_notes_tell_what_loss_and_speed_depend_on(report):
+    made, _, _ = report((TREE, 1.0, None), (DENSE, 1.0, None))
+    assert all("in windows of 128 characters" in table.note for table in made.tables)
+    assert "(CPU threads: 1 or 2)" in made.tables[0].note
 
 
 def test_a_layer_whose_runs_kept_no_routes_is_told(report):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fff
 from fff.data import TextData
-from fff.layers.contract import Record, RoutedLayer, Size
+from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
 from fff.models import GPT
 from fff.tasks import LanguageModeling, language_modeling
 from fff.tasks.language_modeling import active_parameters, warmup_cosine
@@ -101,6 +101,16 @@ def test_the_soft_mixture_is_measured_beside_the_hard_route(data, fit):
         assert not soft or found["test_loss_soft"] != found["test_loss"]
 
 
+def test_a_loss_beyond_what_exp_can_tell_has_an_infinite_perplexity(data, fit):
+    """Finite weights can be so wrong that the perplexity is no float; the run is to be recorded all the same."""
+    module = data()
+    task = make_task(module, DENSE)
+    fit(task, module, max_epochs=1, limit_train_batches=1)
+    task.protocol.best_weights["norm.weight"] *= 1e6
+    metrics = task.results(module)["metrics"]
+    assert 710 < metrics["test_loss"] < math.inf and metrics["perplexity"] == math.inf
+
+
 def test_without_feedforward_layers_nothing_is_routed(data, fit):
     module = data()
     task = make_task(module, fff.NoFeedForward, keep_routes=True)
@@ -149,6 +159,29 @@ def test_fast_dev_run_is_one_step_of_the_plain_formula_and_has_results(data, fit
         torch.testing.assert_close(parameter, plain - plain.grad)
     metrics = task.results(module)["metrics"]
     assert metrics["epochs"] == 1 and metrics["test_loss"] > 0
+
+
+def test_weight_decay_is_that_of_matrices_and_embeddings(data):
+    """Biases of experts are matrices, but biases; of deviations from a base `deviation_decay` has the say."""
+    module = data()
+    make_ff = partial(TREE, base=True, master_width=2)
+    optimizer = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    for options, deviations in (({}, {0.5, 0.0}), ({"deviation_decay": 2.0, "router_lr_factor": 3.0}, {2.0})):
+        task = make_task(module, make_ff, depth=1, **options)
+        task.make_optimizer = optimizer
+        groups = task.build_optimizer().param_groups
+        found = {name: group for group in groups for name in group["param_names"]}
+        assert {*found} == {name for name, _ in task.model.named_parameters()}
+        own = {name: found.pop(f"blocks.0.ff.{name}") for name in ("w_in", "b_in", "w_out", "b_out")}
+        assert {group["weight_decay"] for group in own.values()} == deviations
+        assert {name for name, group in found.items() if group["weight_decay"] == 0.5} == {
+            *("embed.weight", "position", "blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight"),
+            *(f"blocks.0.ff.{name}" for name in ("base_w_in", "base_w_out", "master_w_in", "master_w_out")),
+            "blocks.0.ff.node_weight",
+        }
+        assert all(group["weight_decay"] in (0.0, 0.5) for group in found.values())
+        nodes = found["blocks.0.ff.node_weight"], found["blocks.0.ff.node_bias"]
+        assert [group["lr"] for group in nodes] == pytest.approx(2 * [0.1 * options.get("router_lr_factor", 1.0)])
 
 
 @pytest.mark.parametrize("warmup, final", [(0, 0.1), (4, 0.0), (10, 0.5), (30, 0.1)])
@@ -252,12 +285,13 @@ def test_each_character_has_one_class(characters, name):
 
 
 class ByToken(RoutedLayer):
-    """Sends each token to the expert of its own number, the last to none."""
+    """Sends each token to the experts that a table names for its number; -1: to none."""
 
     in_features = 1
 
-    def __init__(self):
+    def __init__(self, table, num_experts=4, tree=None):
         super().__init__()
+        self.table, self.num_experts, self.tree = torch.tensor(table), num_experts, tree
         self.weight = nn.Parameter(torch.zeros(()))
 
     @property
@@ -265,15 +299,17 @@ class ByToken(RoutedLayer):
         return Size(0, 0, 0, 0, 0)
 
     def forward(self, x):
-        index = torch.where(x == 3, -1, x).flatten()[:, None]
-        self.record = Record(self.weight * 0, {}, index, 4, "none")
-        return F.one_hot(x, 4) * 1.0
+        index = self.table[x.flatten()]
+        tree = self.tree and TreeTrace(self.tree, index, torch.zeros(len(index), 2, 3))
+        self.record = Record(self.weight * 0, {}, index, self.num_experts, "none", tree)
+        return F.one_hot(x, len(self.table)) * 1.0
 
 
 def test_routes_are_counted_by_class_and_neighbours(data):
     characters = ["a", "b", "\n", "."]
     x = torch.tensor([[0, 0, 1, 2], [1, 1, 1, 3]])
-    found = measure_text_routes(ByToken(), [(x, x), (x[:1], x[:1])], characters)
+    model = ByToken([[0], [1], [2], [-1]])
+    found = measure_text_routes(model, [(x, x), (x[:1], x[:1])], characters)
     expected = np.zeros((8, 4), dtype=int)
     expected[CLASSES.index("lower vowel"), 0] = 4
     expected[CLASSES.index("lower consonant"), 1] = 5
@@ -282,3 +318,37 @@ def test_routes_are_counted_by_class_and_neighbours(data):
     # 3 + 3 pairs that have experts, of which 1 and 2 are of one, and the first row again.
     assert found["repeated"] == pytest.approx([(1 + 2 + 1) / (3 + 2 + 3)])
     assert found["layer"].tolist() == [1] and found["classes"].tolist() == list(CLASSES)
+    assert np.isnan(found["shared"]).all() and np.isnan(found["shared_chance"]).all(), "there is no second choice"
+
+
+def test_neighbours_may_share_a_first_or_second_choice():
+    """The order of the two and a third choice do not count; nor does a token that lost one of the two."""
+    model = ByToken([[0, 1, 3], [1, 0, 2], [2, 3, 0], [3, -1, 0]], num_experts=5)
+    x = torch.tensor([[0, 1, 2, 2, 3, 3]])
+    found = measure_text_routes(model, [(x, x), (x[:, :2], x[:, :2])], "abcd")
+    assert found["repeated"] == pytest.approx([2 / 6])
+    # The pairs of the first row are {0 1}{0 1}, {0 1}{2 3}, {2 3}{2 3}; the second is {0 1}{0 1}.
+    assert found["shared"] == pytest.approx([3 / 4])
+    # Four tokens have {0 1}, two {2 3}: two drawn at once share one where they are the same.
+    assert found["shared_chance"] == pytest.approx([(4 / 6) ** 2 + (2 / 6) ** 2])
+
+
+def test_even_choices_of_two_of_eight_experts_share_one_by_chance_as_mixtral_says():
+    """1 - (6/8) (5/7), below its table 5."""
+    sets = [[i, j] for i in range(8) for j in range(8) if i != j]
+    x = torch.arange(len(sets))[None]
+    found = measure_text_routes(ByToken(sets, num_experts=8), [(x, x)], "a" * len(sets))
+    assert found["shared_chance"] == pytest.approx([1 - 6 / 8 * 5 / 7])
+
+
+def test_of_several_trees_the_leaves_of_the_first_are_counted():
+    model = ByToken([[0, 7], [1, 4], [0, 4], [2, 4]], num_experts=8, tree=2)
+    x = torch.tensor([[0, 1, 2, 3]])
+    found = measure_text_routes(model, [(x, x)], "abcd")
+    assert found["count"].shape == (1, 8, 4) and found["count"].sum(1).tolist() == [[2, 1, 1, 0]]
+    assert np.isnan(found["shared"]).all(), "the second column is the second tree's first choice"
+
+
+def test_a_layer_that_sends_every_token_to_all_experts_chooses_nothing():
+    x = torch.tensor([[0, 1]])
+    assert measure_text_routes(ByToken([[0, 1], [0, 1]], num_experts=2), [(x, x)], "ab") is None

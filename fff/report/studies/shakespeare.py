@@ -9,7 +9,8 @@ from matplotlib.ticker import MaxNLocator
 
 from fff.report import figures
 from fff.report.cells import summarize
-from fff.report.paper import Cell, hardware, layer_name, placed
+from fff.report.paper import Cell, hardware, layer_name, placed, text
+from fff.report.records import natural
 from fff.report.routes import Arrays, unpack
 from fff.report.study import Report, StudyData
 from fff.report.tables import MISSING, Table, integer, number, of, percent
@@ -20,10 +21,6 @@ _MEASURES = (
 )
 # Layers in the order of the table.
 _KINDS = ("FeedForward", "NoFeedForward", "MoE", "FFF", "UltraFFF")
-_NOTE = (
-    "Of the hard route on the last tenth of the text, with the weights of the best validation loss; mean ± standard"
-    " deviation over the seeds."
-)
 
 
 def report(data: StudyData) -> Report:
@@ -45,20 +42,25 @@ def report(data: StudyData) -> Report:
     found = {model: cell for (model,), cell in placed(data, runs, cells.to_dict("records"), ["model"]).items()}
     routes = unpack(f"runs/{data.name}.npz", data.archive) if data.archive else {}
     kept = {model: of_runs for model, cell in found.items() if (of_runs := _routes(runs, cell, routes))}
+    note = (
+        f"Of the hard route on the last tenth of the text, in windows of {_each(runs, 'data.context')} characters one"
+        " behind the other, with the weights of the best validation loss; mean ± standard deviation over the seeds."
+    )
     tables = [
         Table(
             data.name,
             "Characters of Shakespeare: a language model by its feedforward layers",
             pd.DataFrame([_line(model, cell) for model, cell in found.items()]),
-            f"{_NOTE} Loss in nats per character. Active: parameters outside of the feedforward layers, and weights of"
-            " theirs that one token meets (biases left out). Tokens/s: in training, median of the epochs. Leaves in"
+            f"{note} Loss in nats per character. Active: parameters outside of the feedforward layers, and weights of"
+            " theirs that one token meets (biases left out). Tokens/s: in training (CPU threads:"
+            f" {_each(runs, 'hardware.threads')}), median of the epochs; rough, as runs may share a machine. Leaves in"
             f" use: leaves (experts) that at least one test character reaches, over all blocks. {hardware(runs)}",
         ),
         Table(
             f"{data.name}_runs",
             "Characters of Shakespeare: soft mixture, routes, sizes",
             pd.DataFrame([_detail(model, cell) for model, cell in found.items()]),
-            f"{_NOTE} Loss soft: of the soft mixture by the same weights. Largest: share of the test characters in the"
+            f"{note} Loss soft: of the soft mixture by the same weights. Largest: share of the test characters in the"
             " fullest leaf of any block. Width: hidden units over all blocks.",
         ),
     ]
@@ -69,6 +71,11 @@ def report(data: StudyData) -> Report:
     missing = [model for model, cell in found.items() if _is_routed(cell) and model not in kept]
     remarks = [f"{data.name}: no run of {model} has kept its routes (task.keep_routes=true)" for model in missing]
     return Report(cells, tables, drawn, remarks)
+
+
+def _each(runs: pd.DataFrame, name: str) -> str:
+    """All values that the runs have, "1 or 2"."""
+    return " or ".join(sorted(set(text(runs, name)), key=natural))
 
 
 def _is_routed(cell: Cell) -> bool:
@@ -120,14 +127,19 @@ def _routing(study: str, kept: dict[str, list[Arrays]]) -> Table:
     for model, arrays in kept.items():
         for place, layer in enumerate(arrays[0]["layer"]):
             chance = [_chance(run["count"][place]) for run in arrays]
-            repeated = [float(run["repeated"][place]) for run in arrays]
+            repeated, shared, shared_chance = (
+                percent(float(np.mean([run[name][place] for run in arrays])))
+                for name in ("repeated", "shared", "shared_chance")
+            )
             told = [_told(run["count"][place]) for run in arrays]
             lines.append(
                 {
                     "feedforward layer": model,
                     "block": str(layer),
-                    "neighbours together, %": percent(float(np.mean(repeated))),
+                    "first choice again, %": repeated,
                     "by chance": percent(float(np.mean(chance))),
+                    "first or second, %": shared,
+                    "those by chance": shared_chance,
                     "class told, %": percent(float(np.mean(told))),
                 }
             )
@@ -135,10 +147,12 @@ def _routing(study: str, kept: dict[str, list[Arrays]]) -> Table:
         f"{study}_routing",
         "Characters of Shakespeare: do neighbours and classes go together?",
         pd.DataFrame(lines),
-        "Of first choices on the test text, of several trees in the first; means over the runs. Neighbours together:"
-        " share of the pairs of consecutive characters that go to one leaf (expert); by chance: were they drawn"
-        " independently by the loads. Class told: share of the entropy of the class of a character (upper or lower"
-        " vowel or consonant, space, newline, digit, punctuation) that its leaf tells, 0 by chance.",
+        "On the test text, of several trees in the first; means over the runs. First choice again: share of the pairs"
+        " of consecutive characters whose first choice is one leaf (expert); by chance: were they drawn independently"
+        " by the loads. First or second: share of the pairs that have one of their first two choices in common; those"
+        " by chance: were the two of a character drawn regardless of its neighbour. Class told: share of the entropy of"
+        " the class of a character (upper or lower vowel or consonant, space, newline, digit, punctuation) that its"
+        " first choice tells, 0 by chance.",
         2,
     )
 
@@ -200,7 +214,6 @@ def _classes(kept: dict[str, list[Arrays]]) -> Figure:
 
 
 def _excess(count: np.ndarray) -> np.ndarray:
-    """In points, (C, E); 0 for a class that is not in the text. Of several trees the first alone is counted."""
-    count = count[:, : int(np.flatnonzero(count.sum(0)).max()) + 1]
+    """In points, (C, E); 0 for a class that is not in the text."""
     of_class, every = count.sum(1, keepdims=True), count.sum(0) / count.sum()
     return np.where(of_class > 0, 100 * (count / np.maximum(of_class, 1) - every), 0.0)
