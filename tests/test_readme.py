@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import fff
+from fff.adapt import to_flat
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -24,7 +28,10 @@ OPTIONAL = ("timm", "transformers")
 def commands():
     """Words of every line of a shell block, and of every command that the text names, each once."""
     found = {}
-    for line in [*SHELL, *(span for span in INLINE if re.match(r"(python -m|pip install|make) ", span))]:
+    for line in [
+        *(line for line in SHELL if "./flat" not in line),
+        *(span for span in INLINE if re.match(r"(python -m|pip install|make) ", span)),
+    ]:
         words = shlex.split(line, comments=True)
         while "&&" in words:
             end = words.index("&&")
@@ -76,6 +83,18 @@ def test_commands_exist(words, request):
         check.get(module, check_no_arguments)(arguments, request)
     else:
         {("pip", "install"): check_install, ("make",): check_make}[tuple(words[: 2 if words[0] == "pip" else 1])](words)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_the_reader_in_c_runs_as_told(tmp_path):
+    (line,) = (line for line in SHELL if "./flat" in line)
+    (tmp_path / "fff").symlink_to(ROOT / "fff")
+    layer, x = fff.FFF(6, 3, depth=2).eval(), torch.randn(5, 6)
+    to_flat(layer, tmp_path / "layer.fff")
+    (tmp_path / "rows").write_bytes(x.numpy().tobytes())
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path)
+    y = torch.frombuffer(bytearray((tmp_path / "outputs").read_bytes()), dtype=torch.float32).view(5, 6)
+    torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
 
 
 def check_train(arguments, request):
