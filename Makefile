@@ -30,7 +30,8 @@ help:
 	@echo "                        else the CPU build of $(torch_lock)"
 	@echo "  VENV=.venv            where to install"
 	@echo "  EXTRAS=interpret      what 'make test' installs besides: Triton, 700 MB, whose interpreter and compiler then test"
-	@echo "                        the GPU kernels without a GPU"
+	@echo "                        the GPU kernels without a GPU; EXTRAS=interpret,adapt,export tests inside timm, transformers"
+	@echo "                        and ONNX as well"
 
 $(python):
 	@test -n "$(PY)" || { echo "no Python >= 3.11 with venv found; name one: make PY=/path/to/python" >&2; exit 1; }
