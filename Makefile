@@ -30,7 +30,7 @@ help:
 	@echo "                        else the CPU build of $(torch_lock)"
 	@echo "  VENV=.venv            where to install"
 	@echo "  EXTRAS=interpret      what 'make test' installs besides: Triton, 700 MB, whose interpreter and compiler then test"
-	@echo "                        the GPU kernels without a GPU; EXTRAS=interpret,adapt,export tests inside timm, transformers"
+	@echo "                        the GPU kernels without a GPU; EXTRAS=interpret,adapt,export tests inside transformers"
 	@echo "                        and ONNX as well"
 
 $(python):

@@ -57,7 +57,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path, monkeypatch):
         (["layer.dpth=3"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
         (["+layer.dpth=3"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
         (["layer.depth=three"], "layer.depth='three': fff.FFF takes int here"),
-        (["layer.act_layer=rellu"], "layer.act_layer='rellu': fff.FFF takes relu or gelu or silu"),
+        (["layer.act_layer=rellu"], "layer.act_layer='rellu': fff.FFF takes relu or gelu or gelu_tanh or silu"),
         (["data.normalize=none"], "data.normalize='none': fff.data.ImageData takes standardize or unit"),
         (["data.name=mnis"], "data.name='mnis': fff.data.ImageData takes digits or usps"),
         (["trainer.accelerator=cpuu"], "trainer.accelerator='cpuu': trainer takes auto or cpu"),
