@@ -14,6 +14,7 @@ _HOME = {
     "RotatedImages": "fff.data.rotate",
     "Rows": "fff.data.module",
     "TextData": "fff.data.text",
+    "TokenizedText": "fff.data.tokenized",
 }
 
 __all__ = sorted(_HOME)

@@ -12,7 +12,8 @@ class Batches:
     """Iterable of (x (B, *in_shape), y int64 (B,)), without worker processes or per-row Python.
 
     x: all rows: float32; or uint8, turned into float32 batch by batch as `x * scale + shift`, which takes a quarter of
-        the memory and is faster than indexing a float copy; or int64 tokens (B, P), with as many targets y (B, P).
+        the memory and is faster than indexing a float copy; or int32 or int64 tokens (B, P), with as many targets y
+        (B, P), both int64 in a batch.
     rows: the rows to go through, in this order unless `seed` is given.
     seed: with a seed, each epoch has its own order, a pure function of (seed, epoch); in a plain loop call
         `set_epoch(epoch)` before each pass, Lightning's Trainer does so by itself.
@@ -74,9 +75,11 @@ class Batches:
             start = 0
         for position in range(start, len(self)):
             index = order[position * self.batch_size : (position + 1) * self.batch_size]
-            x, y = self.x.index_select(0, index), self.y.index_select(0, index)
+            x, y = self.x.index_select(0, index), self.y.index_select(0, index).to(torch.int64)
             if self.scale is not None:
                 x = x.to(torch.float32).mul_(self.scale).add_(self.shift)
+            elif x.dtype == torch.int32:
+                x = x.to(torch.int64)
             if self.augment is not None:
                 x = self.augment(x, torch.Generator().manual_seed(seeds[position]))
             self._position = position + 1

@@ -19,16 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fff.data.digest import content_digest
-from fff.data.sources import (
-    SOURCES,
-    Source,
-    cache_file,
-    check_available,
-    check_name,
-    is_offline,
-    local_folder,
-    not_found,
-)
+from fff.data.hub import read_folder, read_hub
+from fff.data.sources import SOURCES, Source, cache_file, check_available, check_name, local_folder
 
 
 class Images(NamedTuple):
@@ -119,30 +111,18 @@ def _decode_digits() -> Images:
 
 
 def _decode_folder(source: Source, folder: Path) -> Images:
-    from datasets import get_dataset_config_names, load_dataset
-
-    # A clone of the Hub repository names its configurations, a plain folder of Parquet files has none.
-    config = source.config if source.config and source.config in get_dataset_config_names(str(folder)) else None
     # What `datasets` unpacks for itself is of no use after decoding.
     with tempfile.TemporaryDirectory(prefix="fff-", ignore_cleanup_errors=True) as scratch:
-        return _decode(load_dataset(str(folder), config, cache_dir=scratch), source, str(folder))
+        return _decode(read_folder(folder, source.config, scratch), source, str(folder))
 
 
 def _decode_hub(name: str, root: str | Path | None) -> Images:
-    from datasets import config, load_dataset
-
     source = SOURCES[name]
-    if is_offline() and not config.HF_HUB_OFFLINE:
-        raise not_found(name, root, "HF_HUB_OFFLINE was set after `datasets` was imported")
     options: dict = {"revision": source.revision}
     if source.config is not None:
         # Not by the name of the configuration: that would fetch all of its splits, for SVHN 1 GB of extra rows.
         options["data_files"] = {split: f"{source.config}/{split}-*" for split in ("train", "test")}
-    try:
-        splits = load_dataset(source.hub_id, **options)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise not_found(name, root, _first_line(error)) from None
-    return _decode(splits, source, source.hub_id)
+    return _decode(read_hub(name, root, source.hub_id, **options), source, source.hub_id)
 
 
 def _decode(splits, source: Source, place: str) -> Images:
@@ -174,7 +154,3 @@ def _images(
         std=[float(std) for std, _ in moments],
         digest=content_digest((train_x, train_y, test_x, test_y)),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

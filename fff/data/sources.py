@@ -71,12 +71,24 @@ def check_available(name: str, root: str | Path | None = None, cache_dir: str | 
         check_name(name)
         if name == "digits" or local_folder(name, root) is not None or cache_file(name, root, cache_dir).is_file():
             return
+    if why := _out_of_reach(_source(name).hub_id):
+        raise not_found(name, root, why)
+
+
+def check_tokenized(name: str, hub_id: str, tokenizer: str, root: str | Path | None = None) -> None:
+    """The same for what a `TokenizedText` reads: its set and its tokenizer."""
+    if local_folder(name, root) is None and (why := _out_of_reach(hub_id)):
+        raise not_found(name, root, why, hub_id)
+    if tokenizer_file(tokenizer) is None and (why := _out_of_reach(tokenizer)):
+        raise tokenizer_not_found(tokenizer, why)
+
+
+def _out_of_reach(hub_id: str) -> str:
+    """Why nothing of this Hub repository can be read; "" where nothing speaks against it."""
     if is_offline():
-        if not _stored_by_client(_source(name).hub_id):
-            raise not_found(name, root, "offline, and the Hub client has stored nothing of it")
-    elif not _hub_reachable():
-        # `datasets` itself would try for 23 s.
-        raise not_found(name, root, "host unreachable; HF_HUB_OFFLINE=1 uses what the Hub client has stored")
+        return "" if _stored_by_client(hub_id) else "offline, and the Hub client has stored nothing of it"
+    # `datasets` itself would try for 23 s.
+    return "" if _hub_reachable() else "host unreachable; HF_HUB_OFFLINE=1 uses what the Hub client has stored"
 
 
 def stored_digest(name: str, root: str | Path | None = None, cache_dir: str | Path | None = None) -> str | None:
@@ -109,6 +121,22 @@ def text_file(name: str, root: str | Path | None) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
+def tokenizer_file(tokenizer: str) -> Path | None:
+    """The path that `tokenizer` is if it ends in .json, FileNotFoundError if nothing lies there; None for a Hub id."""
+    if not tokenizer.endswith(".json"):
+        return None
+    path = Path(tokenizer).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"tokenizer={tokenizer!r} not found: no such file")
+    return path
+
+
+def tokenizer_not_found(tokenizer: str, why: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"tokenizer={tokenizer!r} not found on the Hub ({why}); the path of a tokenizer.json reads that file"
+    )
+
+
 def _source(name: str) -> Source:
     return TEXTS[name] if name in TEXTS else SOURCES[name]
 
@@ -138,12 +166,13 @@ def _fingerprint(name: str, folder: Path | None) -> str:
     return hashlib.sha256(json.dumps([FORMAT, name, key]).encode()).hexdigest()[:16]
 
 
-def not_found(name: str, root: str | Path | None, why: str) -> FileNotFoundError:
+def not_found(name: str, root: str | Path | None, why: str, hub_id: str | None = None) -> FileNotFoundError:
+    """hub_id: of a set that has no entry here."""
     file = "/input.txt" if name in TEXTS else ""
     place = Path(root).expanduser() / name if root else f"<root>/{name}"
     unset = "" if root else " (root, or FFF_DATA_DIR, is not set)"
     kind = "as" if file else "in the folder"
-    hub_id = _source(name).hub_id
+    hub_id = hub_id or _source(name).hub_id
     return FileNotFoundError(
         f"data set {name!r} not found: neither {kind} {place}{file}{unset} nor on the Hub as {hub_id!r} ({why})"
     )
@@ -160,8 +189,8 @@ def _stored_by_client(hub_id: str) -> bool:
         os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub",
         os.environ.get("HF_DATASETS_CACHE") or home / "datasets",
     ]
-    owner, _, name = hub_id.partition("/")
-    return any(next(Path(folder).expanduser().glob(f"*{owner}*{name}*"), None) for folder in folders)
+    pattern = f"*{hub_id.replace('/', '*')}*"
+    return any(next(Path(folder).expanduser().glob(pattern), None) for folder in folders)
 
 
 def _hub_reachable(timeout: float = 1.5) -> bool:

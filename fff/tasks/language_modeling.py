@@ -101,7 +101,7 @@ class LanguageModeling(RoutedTask):
         Losses in nats per token. Leaves the model with the weights of the best validation loss. Of several routed
         layers the sizes, leaves and loads are summed or chained, and the leaves in use are told of each, too. What is
         measured with weights is None if the first epoch diverged. tokens_per_second: in training, the median of the
-        epochs.
+        epochs. bits_per_character: by the `characters_per_token` of the data; perplexity: per token.
         active_parameters: those outside of the routed layers, and the weights of theirs (biases left out) that one
         token meets in hard evaluation.
         """
@@ -112,7 +112,7 @@ class LanguageModeling(RoutedTask):
         self.model.to(self.trainer.strategy.root_device)
         if protocol.best_weights:
             self.model.load_state_dict(protocol.best_weights)
-            measured, evaluated = self._measure(data.test_dataloader())
+            measured, evaluated = self._measure(data)
         else:
             measured, evaluated = dict.fromkeys(_MEASURED), protocol.training_backend
             evaluate(self.model, data.val_dataloader())  # layers tell their experts by their records
@@ -128,8 +128,9 @@ class LanguageModeling(RoutedTask):
         }
         return record_of(metrics, protocol.history, protocol.training_backend, evaluated)
 
-    def _measure(self, batches: Batches) -> tuple[dict[str, Any], str]:
+    def _measure(self, data: LightningDataModule) -> tuple[dict[str, Any], str]:
         """By the names in `_MEASURED` and those of each layer's leaves; and the backend of the hard route."""
+        batches = data.test_dataloader()
         test = evaluate_text(self.model, batches)
         soft = None
         if any(isinstance(module, RoutedLayer) and hasattr(module, "soft_eval") for module in self.model.modules()):
@@ -138,7 +139,7 @@ class LanguageModeling(RoutedTask):
         layers = enumerate(test.routing.usage, start=1) if len(test.routing.usage) > 1 else ()
         measured = {
             "test_loss": test.loss,
-            "bits_per_character": test.loss / math.log(2),
+            "bits_per_character": test.loss / math.log(2) / data.characters_per_token,
             # The largest float is exp(709.8).
             "perplexity": math.inf if test.loss > 709 else math.exp(test.loss),
             "test_loss_soft": soft,

@@ -1,7 +1,7 @@
-"""Where characters go: the experts that each class of characters is sent to, layer by layer, and whether neighbours
-stay together, as Jiang et al. 2024 (Mixtral, arXiv 2401.04088, section 5) asked of tokens.
+"""Where tokens go: the experts that each class of tokens is sent to, layer by layer, and whether neighbours stay
+together, as Jiang et al. 2024 (Mixtral, arXiv 2401.04088, section 5) asked.
 
-S layers that choose among their experts, C classes of characters, E experts of the largest layer.
+S layers that choose among their experts, C classes of tokens, E experts of the largest layer.
 """
 
 from __future__ import annotations
@@ -24,26 +24,29 @@ CLASSES = (
 )
 
 
-def character_class(character: str) -> int:
-    """Index in `CLASSES`; what is nothing else counts as punctuation."""
+def token_class(token: str) -> int:
+    """Index in `CLASSES`, by the first character that is no space: tokenizers keep the space before a word in its
+    token. What is nothing else counts as punctuation."""
+    character = token.lstrip(" ")[:1] or " "
     if character in string.ascii_letters:
         return 2 * character.islower() + (character.lower() not in "aeiou")
     return {" ": 4, "\n": 5}.get(character, 6 if character.isdigit() else 7)
 
 
 def measure_text_routes(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], characters: Sequence[str]
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], vocabulary: Sequence[str]
 ) -> dict[str, np.ndarray] | None:
     """Arrays by name, of the hard route's choices (of several trees: of the first tree's); None where no layer chooses
     among its experts. A choice that a capacity dropped counts nowhere.
 
-    count: (S, C, E) characters of each class whose first choice a layer's expert is, 0 where it has fewer.
+    vocabulary: each token as text.
+    count: (S, C, E) tokens of each class whose first choice a layer's expert is, 0 where it has fewer.
     repeated: (S,) share of the pairs of neighbours in a window that have the same first choice.
     shared: (S,) share of the pairs that have one of their first two choices in common; nan where a layer makes one.
     shared_chance: (S,) that share, were the two choices of each token drawn together, but whatever the neighbour's are.
     layer: (S,) number of the layer among all routed ones, from 1.  classes: (C,) names.
     """
-    class_of = torch.tensor([character_class(character) for character in characters])
+    class_of = torch.tensor([token_class(token) for token in vocabulary])
     found: dict[int, _LayerRoutes] = {}
     for x, y in batches:
         evaluate(model, [(x, y)])

@@ -14,6 +14,8 @@ CONF = Path(__file__).parents[2] / "conf"
 pytestmark = pytest.mark.usefixtures("hydra_configs")
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
 
+TEXTS = (*sources.TEXTS, "wikitext")
+
 
 def build(name, *overrides):
     return instantiate(compose(f"data/{name}", overrides=["+seed=3", *overrides]).data)
@@ -24,13 +26,13 @@ def test_config_instantiates(name, monkeypatch, tmp_path):
     monkeypatch.setenv("FFF_DATA_DIR", str(tmp_path))
     data = build(name)
     assert isinstance(data, InMemoryData) and data.seed == 3
-    assert data.batch_size == (32 if name in sources.TEXTS else 256)
-    if name in (*sources.NAMES, *sources.TEXTS):
+    assert data.batch_size == (32 if name in TEXTS else 256)
+    if name in (*sources.NAMES, *TEXTS):
         assert data.name == name and data.root == (None if name == "digits" else str(tmp_path))
 
 
 def test_each_set_has_a_config():
-    assert set(NAMES) == {*sources.NAMES, *sources.TEXTS, "clusters", "random_labels", "rotate"}
+    assert set(NAMES) == {*sources.NAMES, *TEXTS, "clusters", "random_labels", "rotate"}
 
 
 def test_root_is_optional(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fff.data import ImageData, RandomLabels, digest, image_cache, sources
+from fff.data import ImageData, RandomLabels, digest, hub, image_cache, sources
 
 
 def write_folder(folder: Path, *, image="image", label="label", num_classes=3, shape=(4, 5, 3), rows=(30, 12), seed=0):
@@ -287,7 +287,7 @@ def test_what_the_hub_is_asked_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", from_clone)
     monkeypatch.setattr(sources, "is_offline", lambda: False)
-    monkeypatch.setattr(image_cache, "is_offline", lambda: False)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
     monkeypatch.setattr(sources, "_hub_reachable", lambda: True)
     images = image_cache.load_images("svhn", None, tmp_path / "cache")
     assert torch.equal(images.test_y, written["test"][1])

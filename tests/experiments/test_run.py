@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from lightning.pytorch import Callback
 
@@ -140,6 +141,10 @@ def test_a_missing_set_is_told_once_and_before_anything_starts(make_config, plan
         plan("data=digits,random_labels", "seed=0,1")
     with pytest.raises(ConfigError, match="'tiny_shakespeare' not found: neither as .*input.txt"):
         plan("data=digits,tiny_shakespeare")
+    (tmp_path / "wikitext").mkdir()
+    for place, missing in (("null", "data set 'wikitext'"), (tmp_path, "tokenizer='openai-community/gpt2'")):
+        with pytest.raises(ConfigError, match=f"{missing} not found"):
+            plan("experiment=shakespeare", "data=wikitext", "model=gpt_small", f"data.root={place}")
 
 
 def test_the_commit_is_that_of_the_code_and_taken_before_the_training(make_config, monkeypatch, tmp_path):
@@ -224,6 +229,33 @@ def write_text(folder):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(80 * "Ring a rose.\n")
     return folder / "text"
+
+
+def test_tokens_of_a_text_set_are_trained_on_and_measured_in_bits_per_character(make_config, tmp_path):
+    """Of the test's tokens ab ab b end ab ab end one window of four predicts ab b end ab: five characters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "wikitext").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for split, rows in (("train", ["ababba"] * 20), ("validation", ["abba"] * 20), ("test", ["ababb", "abab"])):
+        pd.DataFrame({"text": rows}).to_parquet(tmp_path / "wikitext" / f"{split}-00000-of-00001.parquet")
+
+    data = [f"data.root={tmp_path}", f"data.tokenizer={tmp_path}/tokenizer.json", "data.context=4", "data.batch_size=4"]
+    tiny = ["model.dim=16", "model.heads=2", "model.depth=1", "layer=moe", "trainer.max_epochs=1"]
+    chosen = ["experiment=shakespeare", "data=wikitext", "model=gpt_small", "data.separator='<|endoftext|>'"]
+    outcome = run(make_config(*chosen, *data, *tiny, "trainer.max_batches=2"))
+    assert outcome.status == "finished", outcome.error
+    record = read(outcome)
+    metrics = record["metrics"]
+    assert metrics["bits_per_character"] == pytest.approx(metrics["test_loss"] / np.log(2) * 4 / 5)
+    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["test_loss"]))
+    assert len(record["data_digest"]) == 16 and len(record["history"]["train_loss"]) == 1
+    with np.load(outcome.run_dir / ROUTES) as routes:
+        by_class = dict(zip(routes["classes"], routes["count"][0].sum(1), strict=True))
+    # The window itself is ab ab b end.
+    assert by_class["lower vowel"] == 2 and by_class["lower consonant"] == by_class["punctuation"] == 1
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -17,7 +17,7 @@ from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
 from fff.models import GPT
 from fff.tasks import LanguageModeling, language_modeling
 from fff.tasks.language_modeling import active_parameters, warmup_cosine
-from fff.tasks.text_routes import CLASSES, character_class, measure_text_routes
+from fff.tasks.text_routes import CLASSES, measure_text_routes, token_class
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* holds a text of digest"),
@@ -268,7 +268,7 @@ def test_a_run_without_an_epoch_has_no_results(data):
 
 
 @pytest.mark.parametrize(
-    "characters, name",
+    "tokens, name",
     [
         ("AEIOU", "upper vowel"),
         ("BYZ", "upper consonant"),
@@ -278,10 +278,17 @@ def test_a_run_without_an_epoch_has_no_results(data):
         ("\n", "newline"),
         ("039", "digit"),
         (".,!?'-&$:;", "punctuation"),
+        # Of tokenizers.
+        ((" of", "in", "a1"), "lower vowel"),
+        (("The", " The"), "upper consonant"),
+        (("    ",), "space"),
+        (("\n\n", " \n"), "newline"),
+        ((" 1990",), "digit"),
+        (("<|endoftext|>", "\ufffd", ' "'), "punctuation"),
     ],
 )
-def test_each_character_has_one_class(characters, name):
-    assert {CLASSES[character_class(character)] for character in characters} == {name}
+def test_each_token_has_one_class(tokens, name):
+    assert {CLASSES[token_class(token)] for token in tokens} == {name}
 
 
 class ByToken(RoutedLayer):
