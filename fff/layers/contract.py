@@ -172,7 +172,7 @@ class RoutedLayer(nn.Module, ABC):
 
     def __getstate__(self) -> dict:
         # A record holds non-leaf tensors, which can be neither deep-copied nor pickled.
-        return {**self.__dict__, "record": None}
+        return {**super().__getstate__(), "record": None}
 
     def rows(self, x: Tensor) -> Tensor:
         """Check x and flatten it to (T, in_features)."""

@@ -167,6 +167,12 @@ def test_copies_and_pickles_after_a_forward_pass(make):
     torch.testing.assert_close(twin.eval()(x), layer(x))
 
 
+def test_compiled_layer_is_pickled_without_what_was_compiled():
+    layer = fff.FFF(6, 4, depth=1)
+    layer.compile(backend="eager")
+    torch.save(layer, io.BytesIO())
+
+
 def test_reset_parameters_and_reproducible_construction(make):
     torch.manual_seed(5)
     first = make()
