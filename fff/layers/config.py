@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from abc import ABCMeta
 from importlib import import_module
-from inspect import isabstract
+from inspect import isabstract, signature
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -23,30 +24,53 @@ def to_config(layer: nn.Module) -> dict[str, Any]:
     one, arguments that JSON has no form of, such as an activation that is none of those with a name, and a layer whose
     parameters have changed since, so that its arguments make others.
     """
-    kind = type(layer)
     if not isinstance(layer, RoutedLayer):
-        raise ValueError(f"{kind.__name__} is no layer of fff")
+        raise ValueError(f"{type(layer).__name__} is no layer of fff")
+    # `fully_shard` gives a layer a class made on the fly, whose module is that of its metaclass.
+    known = (kind for kind in type(layer).__mro__ if kind.__module__ != ABCMeta.__module__)
+    kind = next(kind for kind in known if issubclass(kind, RoutedLayer))
     if _layer_classes().get(kind.__name__) is not kind:
         raise ValueError(f"{kind.__module__}.{kind.__name__} shares its name with another layer")
     arguments = {key: _plain(kind.__name__, key, value) for key, value in layer.arguments().items()}
+    config = {"class": kind.__name__, "arguments": arguments}
     with torch.device("meta"):
-        made = shapes(kind(**arguments))
-    if made != shapes(layer):
+        made = from_config(config)
+        if since := _set_since(layer, made):
+            arguments |= since
+            made = from_config(config)
+    if shapes(made) != shapes(layer):
         raise ValueError(f"{kind.__name__}: these arguments make other parameters than the layer has: {arguments}")
-    return {"class": kind.__name__, "arguments": arguments}
+    return config
 
 
 def from_config(config: dict[str, Any]) -> RoutedLayer:
-    """A new layer of this class with these arguments; a class outside this package is known once it is imported."""
-    classes = _layer_classes()
-    if config["class"] not in classes:
-        raise ValueError(f"class={config['class']!r} is none of {sorted(classes)}")
-    return classes[config["class"]](**config["arguments"])
+    """A new layer of this class with these arguments; a class outside this package is known once it is imported.
+
+    ValueError for an unknown class, and for arguments that it does not take.
+    """
+    name, classes = config["class"], _layer_classes()
+    if name not in classes:
+        raise ValueError(f"class={name!r} is none of {sorted(classes)}")
+    try:
+        return classes[name](**config["arguments"])
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of what the state dict holds."""
     return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+
+
+def _set_since(layer: RoutedLayer, made: RoutedLayer) -> dict[str, Any]:
+    """Numbers, words and switches that the constructor takes by ** for those of its bases, where the layer has others
+    now than are made without them."""
+    constructors = (kind.__init__ for kind in type(made).__mro__ if issubclass(kind, RoutedLayer))
+    options = {name for constructor in constructors for name in signature(constructor).parameters}
+    hidden = {name: vars(made)[name] for name in options & vars(made).keys() - made.arguments().keys()}
+    plain = {name: value for name, value in hidden.items() if isinstance(value, int | float | str | None)}
+    now = {name: vars(layer).get(name) for name, value in sorted(plain.items())}
+    return {name: _plain(type(made).__name__, name, value) for name, value in now.items() if value != plain[name]}
 
 
 def _layer_classes() -> dict[str, type[RoutedLayer]]:

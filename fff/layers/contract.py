@@ -146,7 +146,8 @@ class RoutedLayer(nn.Module, ABC):
 
     def arguments(self) -> dict[str, Any]:
         """Arguments by which the constructor makes a layer as this one is now: those it was called with, defaults
-        included. Where the layer has an attribute of an argument's name it counts instead: it may have been set since.
+        included. Where the layer has an attribute of an argument's name (of `act_layer`: `act`) it counts instead: it
+        may have been set since.
         """
         args, kwargs = self._call
         bound = signature(type(self).__init__).bind(self, *args, **kwargs)
@@ -156,6 +157,8 @@ class RoutedLayer(nn.Module, ABC):
         for parameter in named:
             if parameter.kind is Parameter.VAR_KEYWORD:
                 given.update(given.pop(parameter.name))
+        if "act_layer" in given:
+            given["act_layer"] = getattr(self, "act", given["act_layer"])  # a module is none of `vars`
         return {name: vars(self).get(name, value) for name, value in given.items()}
 
     @property

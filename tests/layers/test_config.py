@@ -42,6 +42,13 @@ def test_what_was_set_since_is_told():
     assert to_config(pruned)["arguments"]["depth"] == 1
 
 
+@pytest.mark.parametrize("act", ["relu", nn.ReLU])
+def test_activation_is_that_of_now(act):
+    layer = fff.FFF(6, 4, depth=1, act_layer=act)
+    layer.act = nn.GELU()
+    assert to_config(layer)["arguments"]["act_layer"] == "gelu"
+
+
 def test_merged_base_is_gone():
     layer = fff.FFF(6, 4, depth=2, base=True)
     layer.merge_base()
@@ -61,7 +68,36 @@ def test_subclass_needs_no_code():
     assert from_config(config).mode == "gated"
 
 
+def test_option_of_a_base_that_was_set_since():
+    layer = Narrow(6, mode="gated").eval()
+    layer.temperature = 0.1
+    again = from_config(to_config(layer)).eval()
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
+
+
+class Sizes(fff.FFF):
+    def __init__(self, *sizes, depth):
+        super().__init__(*sizes, depth=depth)
+
+
+class Fixed(fff.FFF):
+    def __init__(self, in_features, /):
+        super().__init__(in_features, 2, depth=2)
+
+
+def test_class_that_is_made_on_the_fly_is_its_base():
+    """As `fully_shard` and parametrisations of torch do."""
+    layer = fff.FFF(6, 4, depth=1)
+    layer.__class__ = type("FSDPFFF", (type("FSDPModule", (), {}), fff.FFF), {})
+    assert to_config(layer)["class"] == "FFF"
+
+
 def test_layers_that_no_config_tells():
+    class FFF(fff.FFF):
+        pass
+
     changed = fff.FFF(6, 4, depth=1)
     changed.w_out = nn.Parameter(torch.zeros(2, 4, 9))
     cases = [
@@ -71,7 +107,9 @@ def test_layers_that_no_config_tells():
         (nn.Linear(6, 4), "Linear is no layer"),
         (nn.utils.parametrizations.weight_norm(fff.FeedForward(6, 4), "w_in"), "FeedForward: these arguments"),
         (changed, "FFF: these arguments"),
-        (type("FFF", (fff.FFF,), {})(6, 4, depth=1), "another layer"),
+        (FFF(6, 4, depth=1), "another layer"),
+        (Sizes(6, 4, depth=1), "Sizes: .*sizes"),
+        (Fixed(6), "Fixed: .*in_features"),
     ]
     for layer, named in cases:
         with pytest.raises(ValueError, match=named) as error:
@@ -84,6 +122,11 @@ def test_unknown_classes_are_not_looked_for():
     for name in ("os.system", "RoutedLayer", "Linear"):
         with pytest.raises(ValueError, match=rf"class='{name}' is none of .*'FFF'"):
             from_config({"class": name, "arguments": {}})
+
+
+def test_arguments_that_a_class_does_not_take():
+    with pytest.raises(ValueError, match="FFF: .*unexpected keyword argument 'dept'"):
+        from_config({"class": "FFF", "arguments": {"in_features": 6, "leaf_width": 4, "dept": 1}})
 
 
 def test_telling_a_layer_draws_no_random_numbers():
