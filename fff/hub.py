@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 
@@ -29,9 +30,9 @@ def save_pretrained(layer: RoutedLayer, folder: str | os.PathLike[str]) -> None:
     config = json.dumps({**to_config(layer), "fff": fff.__version__}, indent=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG).write_text(config + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})  # which refuses tied parameters
+    (folder / _CONFIG).write_text(config + "\n")
 
 
 def from_pretrained(folder_or_repo_id: str | os.PathLike[str], *, revision: str | None = None) -> RoutedLayer:
@@ -39,19 +40,23 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], *, revision: str 
 
     folder_or_repo_id: a folder, or else a repository of the Hub.  revision: its branch, tag or commit.
 
-    ValueError where the configuration names no known class, or the weights are not those of the layer that it tells.
+    ValueError where the configuration names no known class or arguments that it does not take, or the weights are not
+    those of the layer that it tells.
     """
     config_path, weights_path = (_find(folder_or_repo_id, name, revision) for name in (_CONFIG, _WEIGHTS))
     config = json.loads(Path(config_path).read_text())
     if missing := {"class", "arguments"} - set(config):
         raise ValueError(f"{config_path} lacks {sorted(missing)}")
-    layer, found = from_config(config), load_file(weights_path)
-    expected, given = shapes(layer), {name: tuple(tensor.shape) for name, tensor in found.items()}
+    found = load_file(weights_path)
+    with torch.device("meta"):  # a stranger's sizes take no memory before they are found in the file
+        expected = shapes(from_config(config))
+    given = {name: tuple(tensor.shape) for name, tensor in found.items()}
     for name in sorted(expected.keys() | given.keys()):
         if given.get(name) != expected.get(name):
             raise ValueError(
                 f"{weights_path}: {name} has shape {given.get(name)}, {config['class']} needs {expected.get(name)}"
             )
+    layer = from_config(config)
     layer.load_state_dict(found, assign=True)
     return layer
 

@@ -73,6 +73,9 @@ def broken(tmp_path, **changes):
         ({"arguments": {"in_features": 6, "leaf_width": 4, "depth": 2, "bias": False}}, "b_in has .*FFF needs None"),
         ({"arguments": {"in_features": 6, "leaf_width": 4, "depth": 2, "base": True}}, "base_b_in has shape None"),
         ({"arguments": {"in_features": 6, "leaf_width": 4, "depth": math.pi}}, "depth=3.14"),
+        ({"arguments": {"in_features": 6, "leaf_width": 4, "levels": 2}}, "argument 'levels'"),
+        # Weights of a petabyte.
+        ({"arguments": {"in_features": 10**6, "leaf_width": 10**4, "depth": 14}}, "b_in has .*FFF needs .16384, 10000"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line(changes, named, tmp_path):
@@ -81,6 +84,16 @@ def test_what_does_not_fit_is_told_in_one_line(changes, named, tmp_path):
     with pytest.raises(ValueError, match=named) as error:
         hub.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_tied_parameters_leave_what_was_saved_before(tmp_path):
+    layer = fff.FeedForward(6, 4)
+    hub.save_pretrained(layer, tmp_path)
+    tied = fff.FeedForward(6, 8)
+    tied.w_out = tied.w_in
+    with pytest.raises(RuntimeError, match="share memory"):
+        hub.save_pretrained(tied, tmp_path)
+    assert torch.equal(hub.from_pretrained(tmp_path).w_in, layer.w_in)
 
 
 def test_nothing_is_written_for_a_layer_that_cannot_be_told(tmp_path):
