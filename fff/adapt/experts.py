@@ -15,7 +15,7 @@ from fff.ops.expert_mlp import Backend, expert_mlp
 
 
 def register_experts(name: str = "fff", backend: Backend = "grouped") -> None:
-    """Make `experts_implementation=name` known to transformers (5 or newer), for `from_pretrained`, `from_config` and
+    """Make `experts_implementation=name` known to transformers (5.7 or newer), for `from_pretrained`, `from_config` and
     `model.set_experts_implementation`; the experts then run through `fff.ops.expert_mlp`.
 
     backend: see `fff.ops.expert_mlp`. "grouped" reads the weights where they lie; "native" and "triton" want the second
@@ -71,5 +71,5 @@ def _check_layout(experts: nn.Module) -> None:
     # The library gives its own formula, act(gate) * value with all gates first, to the classes that have none.
     if experts.has_gate and type(experts)._apply_gate.__module__ != "transformers.integrations.moe":
         raise ValueError(f"{name} has a formula of its own for its gates; fff computes act(gate) * value")
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # older versions know of none
         raise ValueError(f"{name} has a norm behind its experts, which fff does not compute")

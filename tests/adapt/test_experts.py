@@ -186,6 +186,13 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(compiled(x, index, weights), module(x, index, weights))
 
 
+def test_experts_of_a_version_that_knows_no_norm_behind_them():
+    """From 5.7 on, the first that takes other experts implementations than its own."""
+    module = experts_module()
+    del module.has_post_expert_norm
+    assert module(torch.randn(9, 6), torch.randint(0, 5, (9, 2)), torch.rand(9, 2)).shape == (9, 6)
+
+
 class OwnGate(Experts):
     def _apply_gate(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
