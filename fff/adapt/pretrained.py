@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from fff.adapt.blocks import Block, Match, known_block
-from fff.adapt.replace import block_key, is_pretrained_class, note_layers, replace_feedforward
+from fff.adapt.replace import block_key, is_pretrained_class, replace_feedforward
 from fff.layers.config import from_config, to_config
 from fff.layers.contract import RoutedLayer
 
@@ -27,6 +26,8 @@ def routed(model_class: type[Model], match: Match | None = None) -> type[Model]:
 
     match: see `feedforward_blocks`, for models whose blocks are of no known kind.
 
+    A class that this gave already is given back; with another `match`, one for the same model.
+
     Weights that a checkpoint lacks are initialised as the layers do it.
 
     ValueError for classes that choose a model class, such as `AutoModel`; at loading where `config.fff` names a block
@@ -34,7 +35,8 @@ def routed(model_class: type[Model], match: Match | None = None) -> type[Model]:
     """
     if not is_pretrained_class(model_class):
         raise ValueError(f"model_class={model_class!r} is no model class of transformers")
-    return _routed(model_class, match)
+    plain, known = vars(model_class).get("_made_of", (model_class, None))
+    return _routed(plain, known if match is None else match)
 
 
 @cache
@@ -45,7 +47,7 @@ def _routed(model_class: type[Model], match: Match | None) -> type[Model]:
             _rebuild(self, match)
 
     def save_pretrained(self: Model, *args: Any, **kwargs: Any) -> Any:
-        note_layers(self, dict(_noted_layers(self)))
+        self.config.fff = _noted_now(self)
         return model_class.save_pretrained(self, *args, **kwargs)
 
     def initialize_weights(self: Model) -> None:
@@ -60,7 +62,8 @@ def _routed(model_class: type[Model], match: Match | None) -> type[Model]:
     # The library looks up losses, and what a model can do, by the names of class and module.
     names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     methods = (__init__, save_pretrained, initialize_weights, __reduce__)
-    return type(model_class.__name__, (model_class,), {**names, **{method.__name__: method for method in methods}})
+    names |= {method.__name__: method for method in methods}
+    return type(model_class.__name__, (model_class,), {**names, "_made_of": (model_class, match)})
 
 
 def _unpickled(model_class: type[Model], match: Match | None) -> Model:
@@ -94,11 +97,17 @@ def _rebuild(model: nn.Module, match: Match | None) -> None:
     replace_feedforward(model, make, only_noted)
 
 
-def _noted_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLayer]]:
-    noted = getattr(model.config, "fff", {})
+def _noted_now(model: nn.Module) -> dict[str, Any]:
+    """`config.fff` with the layers as they are; without blocks in which there is none any more."""
+    noted = dict(getattr(model.config, "fff", {}))
     for name, block in model.named_modules():
-        if block_key(model, name) in noted:
-            yield name, next(module for module in block.modules() if isinstance(module, RoutedLayer))
+        if (key := block_key(model, name)) in noted:
+            layer = next((module for module in block.modules() if isinstance(module, RoutedLayer)), None)
+            if layer is None:
+                del noted[key]
+            else:
+                noted[key] = to_config(layer)
+    return noted
 
 
 @torch.no_grad()

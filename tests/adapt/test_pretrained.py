@@ -171,6 +171,17 @@ def test_some_blocks_one_after_the_other(tmp_path):
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_a_block_that_is_dense_again_is_noted_no_more(tmp_path):
+    kind = routed(transformers.GPT2LMHeadModel)
+    model = build("gpt2", kind=kind)
+    dense = build("gpt2", None).transformer.h[0].mlp
+    model.transformer.h[0].mlp = dense
+    model.save_pretrained(tmp_path)
+    loaded = load(kind, tmp_path)
+    assert list(loaded.config.fff) == ["h.1.mlp"]
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
 def last_mlp(name, module):
     """A block as a user may find one: the layer around the feedforward module has it, which is no known kind."""
     return Block("mine", (module.mlp.c_fc,), module.mlp.c_proj, place="mlp") if name.endswith("h.1") else None
@@ -182,6 +193,7 @@ def test_blocks_that_a_function_finds(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load(routed(transformers.GPT2LMHeadModel, last_mlp), tmp_path)
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert routed(type(loaded)) is type(loaded)  # of a loaded model one may know no more
     with pytest.raises(ValueError, match="replaces transformer.h.1, which is no feedforward block of a known kind"):
         routed(transformers.GPT2LMHeadModel).from_pretrained(tmp_path)
 
