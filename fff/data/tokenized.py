@@ -33,7 +33,7 @@ class TokenizedText(TextWindows):
     name: of the set in records, and of its folder: `<root>/<name>`, with `<split>-*.parquet` or whatever
         `datasets.load_dataset` reads; without such a folder the set comes from the Hub.
     hub_id, config, revision: repository of the Hub, its configuration where it has several, its commit or branch.
-    column: which holds the text.
+    column: which holds the text; a row without any (null) is an empty one.
     tokenizer: path of a `tokenizer.json`, or a repository of the Hub that has one.
     separator: token behind each row, for sets whose rows are documents; None: rows follow each other as they are.
     """
@@ -91,9 +91,13 @@ class TokenizedText(TextWindows):
         for split in (split for split in SPLITS if split in splits):
             if self.column not in splits[split].column_names:
                 raise ValueError(f"{place} has no column {self.column!r}, only {splits[split].column_names}")
+            kind = splits[split].features[self.column]
+            if "string" not in getattr(kind, "dtype", ""):  # large_string, string_view
+                raise ValueError(f"{place} has no text in column {self.column!r} of split {split!r}, but {kind}")
             pieces = [torch.empty(0, dtype=torch.int32)]
             for batch in splits[split].select_columns(self.column).iter(1000):
-                rows = self._encoder.encode_batch(batch[self.column], add_special_tokens=False)
+                texts = [text or "" for text in batch[self.column]]
+                rows = self._encoder.encode_batch(texts, add_special_tokens=False)
                 pieces.append(torch.tensor([number for row in rows for number in row.ids + end], dtype=torch.int32))
             parts[split] = torch.cat(pieces)
         return parts

@@ -106,7 +106,7 @@ def test_a_missing_split_is_cut_from_the_end_of_the_training_tokens(data, tmp_pa
 
 
 def test_the_separator_stands_behind_each_row(data, tmp_path):
-    write_set(tmp_path / NAME, train=["ab", "", "ba"] * 20)
+    write_set(tmp_path / NAME, train=["ab", None, "ba"] + ["ab", "", "ba"] * 20)
     with_end, without = (data(pairs(), separator=separator).text for separator in (END, None))
     assert with_end.tokens[:6].tolist() == [2, 3, 3, 1, 0, 3]
     assert without.tokens[:6].tolist() == [2, 1, 0, 2, 1, 0]
@@ -159,6 +159,12 @@ def test_mistakes_are_named(data, tmp_path, split, options, named):
     write_set(tmp_path / NAME, **{split: ["ab" * 20]})
     with pytest.raises(ValueError, match=named):
         data(pairs(), **options).setup()
+
+
+def test_a_column_of_numbers_is_named(data, tmp_path):
+    write_set(tmp_path / NAME, train=[1, 2])
+    with pytest.raises(ValueError, match="has no text in column 'text' of split 'train', but .*int64"):
+        data(pairs()).setup()
 
 
 def test_what_is_no_tokenizer_is_named(data, tmp_path):
