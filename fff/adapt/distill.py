@@ -39,7 +39,10 @@ def convert_feedforward(
     seen: dict[str, list[Tensor]] = {name: [] for name in blocks}
 
     def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[name].append(inputs[0].reshape(-1, inputs[0].shape[-1]))
+        x = inputs[0]
+        if x.is_nested:  # rows of `nn.TransformerEncoder` without their padding
+            x = torch.cat(x.unbind())
+        seen[name].append(x.reshape(-1, x.shape[-1]))
 
     hooks = [block.first[0].register_forward_pre_hook(partial(keep, name)) for name, block in blocks.items()]
     was_training = {module: module.training for module in model.modules()}

@@ -75,6 +75,17 @@ def test_what_reaches_a_block_is_its_calibration():
     assert not block.gate_proj._forward_pre_hooks and not student[2].training
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padding_that_torch_takes_out_is_no_calibration():
+    teacher = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, H, dropout=0.0, batch_first=True), 2).eval()
+    x, padding = torch.randn(9, 8, D), torch.arange(8).expand(9, 8) >= 5
+    student, other = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    found = convert_feedforward(student, lambda: student(x, src_key_padding_mask=padding), depth=2)
+    expected = convert_feedforward(other, lambda: other(x[:, :5]), depth=2)
+    for name, conversion in found.items():
+        assert conversion.error == pytest.approx(expected[name].error, rel=1e-4)
+
+
 def test_a_block_that_is_not_reached_is_named():
     model = gated()
     before = model[1]
