@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fff.adapt import register_experts
+from fff.adapt import experts_forward, register_experts
 from fff.ops.expert_mlp import HARD_BACKENDS, cpu
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -156,6 +156,9 @@ def test_every_layout(gate, bias, transposed):
         found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for backend in ("reference", "dense", "gather"):
+        y = experts_forward(module, x, index, weights, backend=backend)
+        torch.testing.assert_close(y, found[0][0], rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_as_close_to_float32_as_theirs():
