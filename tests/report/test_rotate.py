@@ -30,11 +30,12 @@ def dense(units):
 def report(tmp_path):
     """report(*runs): each a layer, a test accuracy and a dispatch entropy; Markdown of its tables."""
 
-    def make(*runs, results_dir=RESULTS):
+    def make(*runs, results_dir=RESULTS, blur="[1.1, 2.2]"):
         rows = [
             {
                 "run_id": f"run{i}",
                 "cell": str(sorted(layer.items())),
+                "data.blur": blur,
                 "metrics.ga": accuracy,
                 "metrics.dispatch_entropy": entropy,
                 "metrics.num_leaves": 1 if "layer.hidden_features" in layer else 4,
@@ -67,6 +68,11 @@ def test_heads_stand_beside_the_dense_ones_and_the_published_gain(report):
     assert cells_of(text, "CNN, single", "paper")[:2] == ["76.78 ± 1.79", "–"]
     assert cells_of(text, "CNN, mixture", "paper")[:2] == ["79.60 ± 1.25", "+2.8"]
     assert not made.remarks
+
+
+@pytest.mark.parametrize(("blur", "words"), [("[1.1, 2.2]", "ours are blurred, as theirs"), ("", "ours are as sharp")])
+def test_training_rows_that_are_not_theirs_are_told(report, blur, words):
+    assert words in report((TREE, 0.8, 2), blur=blur)[1]
 
 
 def test_two_configurations_of_one_layer_are_refused(report):
