@@ -23,11 +23,15 @@ _HOME = {
     "update_biases": "fff.layers.contract",
 }
 
+_MODULES = ("adapt", "hub")
+
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"fff.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fff' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
@@ -36,4 +40,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOME, *_MODULES})

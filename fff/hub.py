@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 
 import fff
@@ -36,12 +37,12 @@ def save_pretrained(layer: RoutedLayer, folder: str | os.PathLike[str]) -> None:
 
 
 def from_pretrained(folder_or_repo_id: str | os.PathLike[str], *, revision: str | None = None) -> RoutedLayer:
-    """The layer that `save_pretrained` wrote, in training mode, on the CPU, in the types it was saved in.
+    """The layer that `save_pretrained` wrote, in evaluation mode, on the CPU, in the types it was saved in.
 
     folder_or_repo_id: a folder, or else a repository of the Hub.  revision: its branch, tag or commit.
 
-    ValueError where the configuration names no known class or arguments that it does not take, or the weights are not
-    those of the layer that it tells.
+    ValueError where there is no such folder and no repository could have the name, where the configuration names no
+    known class or arguments that it does not take, or the weights are not those of the layer that it tells.
     """
     config_path, weights_path = (_find(folder_or_repo_id, name, revision) for name in (_CONFIG, _WEIGHTS))
     config = json.loads(Path(config_path).read_text())
@@ -58,10 +59,15 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], *, revision: str 
             )
     layer = from_config(config)
     layer.load_state_dict(found, assign=True)
-    return layer
+    return layer.eval()
 
 
 def _find(folder_or_repo_id: str | os.PathLike[str], name: str, revision: str | None) -> str | Path:
     if Path(folder_or_repo_id).is_dir():
         return Path(folder_or_repo_id, name)
-    return hf_hub_download(str(folder_or_repo_id), name, revision=revision)
+    try:
+        return hf_hub_download(str(folder_or_repo_id), name, revision=revision)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{str(folder_or_repo_id)!r} is neither a folder nor a repository of the Hub: {error}"
+        ) from None

@@ -25,7 +25,7 @@ LAYERS = {
 def test_there_and_back(name, dtype, tmp_path):
     layer = LAYERS[name]().to(dtype).eval()
     hub.save_pretrained(layer, tmp_path / "new" / "folder")
-    loaded = hub.from_pretrained(tmp_path / "new" / "folder").eval()
+    loaded = hub.from_pretrained(tmp_path / "new" / "folder")
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors"}
     assert type(loaded) is type(layer) and loaded.arguments() == layer.arguments()
     for (key, old), (again, new) in zip(layer.state_dict().items(), loaded.state_dict().items(), strict=True):
@@ -83,6 +83,12 @@ def test_what_does_not_fit_is_told_in_one_line(changes, named, tmp_path):
     broken(tmp_path, **changes)
     with pytest.raises(ValueError, match=named) as error:
         hub.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistyped_folder_is_told_in_one_line():
+    with pytest.raises(ValueError, match="'/no/such/folder' is neither a folder nor a repository") as error:
+        hub.from_pretrained("/no/such/folder")
     assert "\n" not in str(error.value)
 
 

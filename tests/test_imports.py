@@ -54,6 +54,10 @@ def test_import_costs_torch_plus_a_fifth_of_a_second():
     assert any(float(run(code)) < 0.2 for _ in range(3))
 
 
+def test_subpackages_that_the_readme_names_are_there():
+    assert run("import fff; print(fff.adapt.routed.__name__)").split() == ["routed"]
+
+
 def test_unknown_name_is_an_attribute_error():
     import fff
 

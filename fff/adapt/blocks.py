@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fff.adapt.probe import on_meta, output_dropout
 from fff.ops.activation import ACTIVATIONS
 
 
@@ -30,7 +31,7 @@ class Block(NamedTuple):
     activation: what stands between them, of a gated block behind the gate; None where the block does not show it.
     place: child of the module that the new layer takes the place of, as a dotted path; "" is the module itself.
     idle: attributes of the module, as dotted paths, that become identities: the new layer does their work.
-    dropout: of the output; it stays behind a new layer that takes the place of the module itself.
+    dropout: of the output, a probability; it stays behind a new layer that takes the place of the module itself.
     """
 
     kind: str
@@ -39,7 +40,7 @@ class Block(NamedTuple):
     activation: Callable[[Tensor], Tensor] | None = None
     place: str = ""
     idle: tuple[str, ...] = ()
-    dropout: nn.Dropout | None = None
+    dropout: float = 0.0
 
     @property
     def in_features(self) -> int:
@@ -52,13 +53,13 @@ class Block(NamedTuple):
 
 Match = Callable[[str, nn.Module], Block | None]
 
-# Names of the first maps, the last one, and the dropout behind it.
+# Names of the first maps, and of the last one.
 _WHOLE = {
-    "Mlp": (("fc1",), "fc2", "drop2"),  # timm; packed too (GluMlp), where fc1 is twice as wide
-    "SwiGLU": (("fc1_g", "fc1_x"), "fc2", "drop2"),  # timm
-    "GPT-2": (("c_fc",), "c_proj", "dropout"),  # also nanoGPT and its kin
-    "Llama": (("gate_proj", "up_proj"), "down_proj", None),
-    "Llama, w1 w2 w3": (("w1", "w3"), "w2", None),  # as Meta published it
+    "Mlp": (("fc1",), "fc2"),  # timm; packed too (GluMlp), where fc1 is twice as wide
+    "SwiGLU": (("fc1_g", "fc1_x"), "fc2"),  # timm
+    "GPT-2": (("c_fc",), "c_proj"),  # also nanoGPT and its kin
+    "Llama": (("gate_proj", "up_proj"), "down_proj"),
+    "Llama, w1 w2 w3": (("w1", "w3"), "w2"),  # as Meta published it
 }
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu", "intermediate_act_fn")
 # The kernels know functions by name, and transformers has these under names of its own.
@@ -105,6 +106,9 @@ def known_block(module: nn.Module) -> Block | None:
 
     Known are Mlp, GluMlp and SwiGLU of timm, BERT, GPT-2 and Llama of transformers and what is built as they are
     (nanoGPT too), and torch's `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`; each with D = O.
+
+    A module with the names of one of them that does more around its maps, such as a norm or a residual, is not known:
+    it would be lost. So it is run on a few rows; on the meta device, where that shows nothing, its names are believed.
     """
     if isinstance(module, _TORCH):
         return _torch_block(module)
@@ -138,7 +142,7 @@ def _bert_block(module: nn.Module) -> Block | None:
 
 
 def _whole_block(module: nn.Module) -> Block | None:
-    for kind, (first_names, last_name, dropout_name) in _WHOLE.items():
+    for kind, (first_names, last_name) in _WHOLE.items():
         first = tuple(getattr(module, name, None) for name in first_names)
         last = getattr(module, last_name, None)
         if not _returns(first, last):
@@ -147,15 +151,10 @@ def _whole_block(module: nn.Module) -> Block | None:
         norm = getattr(module, "norm", None)
         if _parameters(module) != _parameters(*first, last, norm) or not _takes_one_tensor(module):
             continue
-        plain = not _parameters(norm) and not getattr(module, "gate_last", False)
-        dropout = getattr(module, dropout_name, None) if dropout_name else None
-        return Block(
-            kind,
-            first,
-            last,
-            module_activation(module) if plain else None,
-            dropout=dropout if isinstance(dropout, nn.Dropout) else None,
-        )
+        dropout = 0.0 if on_meta(module) else output_dropout(module, _widths_of(first[0]).in_features, first, last)
+        if dropout is not None:
+            plain = not _parameters(norm) and not getattr(module, "gate_last", False)
+            return Block(kind, first, last, module_activation(module) if plain else None, dropout=dropout)
     return None
 
 

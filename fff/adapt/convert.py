@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fff.adapt.blocks import linear_weights
+from fff.adapt.probe import on_meta, probe_rows
 from fff.layers.check import check_choice, check_depth
 from fff.layers.fff import FFF, MAX_DEPTH
 from fff.ops.activation import Activation, resolve_activation
@@ -99,7 +100,8 @@ def from_dense(
 
     The layer has the device, type and training mode of linear2.
 
-    ValueError for widths that do not fit, a depth or width out of range, or too few rows.
+    ValueError for widths that do not fit, a depth or width out of range, too few rows, or a linear map that does more
+    than its weight and bias tell, such as one with a low-rank adapter.
     """
     dense, gated, has_bias = _read(linear1, linear2)
     width = dense.w_out.shape[0]
@@ -116,7 +118,7 @@ def from_dense(
         leaf_width,
         dense.w_out.shape[1],
         depth=depth,
-        act_layer=activation,
+        act_layer=resolve_activation(activation),
         glu=gated,
         bias=has_bias or depth > 0,
         **{"mode": "straight_through", **options},
@@ -163,8 +165,11 @@ def _rows(x: Tensor, dense: _Dense) -> Tensor:
 
 def _read(linear1: nn.Module | Sequence[nn.Module], linear2: nn.Module) -> tuple[_Dense, bool, bool]:
     """The weights, whether they are gated, and whether there is any bias; in float32 at least."""
-    first = [linear_weights(part) for part in ([linear1] if isinstance(linear1, nn.Module) else linear1)]
+    parts = [linear1] if isinstance(linear1, nn.Module) else list(linear1)
+    first = [linear_weights(part) for part in parts]
     out, b_out = linear_weights(linear2)
+    for part, (weight, bias) in zip([*parts, linear2], [*first, (out, b_out)], strict=True):
+        _check_linear(part, weight, bias)
     dtype = torch.promote_types(out.dtype, torch.float32)
     w_in = torch.cat([weight for weight, _ in first]).to(dtype)
     b_in = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in first]).to(dtype)
@@ -177,6 +182,16 @@ def _read(linear1: nn.Module | Sequence[nn.Module], linear2: nn.Module) -> tuple
     b_out = out.new_zeros(out.shape[0]) if b_out is None else b_out
     dense = _Dense(w_in.unflatten(0, (groups, -1)), b_in.view(groups, -1), out.T.to(dtype), b_out.to(dtype))
     return dense, groups == 2, has_bias
+
+
+def _check_linear(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Subclasses of `nn.Linear` may add to what their weight gives."""
+    if on_meta(module):
+        return
+    x = probe_rows(weight.shape[1], weight)
+    found, expected = module(x).double(), nn.functional.linear(x, weight, bias).double()
+    if (found - expected).norm() > torch.finfo(x.dtype).eps ** 0.5 * expected.norm():
+        raise ValueError(f"{type(module).__name__} computes something else than its weight and bias tell (an adapter?)")
 
 
 def _leaf_width(leaf_width: int | None, width: int, depth: int, method: Method) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths
 from fff.adapt.convert import Conversion, from_dense
+from fff.adapt.probe import evaluated, probe_rows
 from fff.adapt.replace import replace_feedforward
 from fff.layers.contract import RoutedLayer
 from fff.ops.activation import resolve_activation
@@ -33,9 +34,14 @@ def convert_feedforward(
     match: see `feedforward_blocks`.
     options: `depth`, `method`, `leaf_width` and further ones of `from_dense`.
 
-    A tree stays in evaluation or training as its block was. Errors as of `from_dense` and `replace_feedforward`.
+    A tree stays in evaluation or training as its block was.
+
+    ValueError, before anything is replaced, for a block whose activation is not known or that computes something else
+    than last(activation(first(x))), such as a scaled gate; else as of `from_dense` and `replace_feedforward`.
     """
     blocks = feedforward_blocks(model, match)
+    for name, block in blocks.items():
+        _check_formula(name, model.get_submodule(name), block)
     seen: dict[str, list[Tensor]] = {name: [] for name in blocks}
 
     def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -81,14 +87,15 @@ def distillation(student: nn.Module, teacher: nn.Module, match: Match | None = N
         are computed without gradients or dropout; the rest of it does not run.
     match: the one by which blocks were replaced. Blocks in whose place the student has no routed layer are left out.
 
-    ValueError where no block of the teacher has a routed layer in its place, where its activation is not known, or, by
-    the function, where none has run.
+    ValueError where no block of the teacher has a routed layer in its place, for a block as of `convert_feedforward`,
+    or, by the function, where none has run.
     """
     pairs = {}
     for name, block in feedforward_blocks(teacher, match).items():
         place = student.get_submodule(".".join(part for part in (name, block.place) if part))
         layer = next((module for module in place.modules() if isinstance(module, RoutedLayer)), None)
         if layer is not None:
+            _check_formula(name, teacher.get_submodule(name), block)
             pairs[layer] = block._replace(activation=resolve_activation(block.activation))
     if not pairs:
         raise ValueError(f"student={type(student).__name__} has no routed layer in the place of a block of teacher")
@@ -113,6 +120,30 @@ def distillation(student: nn.Module, teacher: nn.Module, match: Match | None = N
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def _check_formula(name: str, module: nn.Module, block: Block) -> None:
+    """Of a block that is the whole of its module."""
+    where = f"block {name!r} ({type(module).__name__})"
+    if block.activation is None:
+        raise ValueError(
+            f"{where}: no activation under a usual name; pass match= that gives Block(..., activation=...)"
+        )
+    if block.place:
+        return
+    # What clamps does so at large values.
+    x = probe_rows(block.in_features, block.last.weight, (1.0, 10.0, 100.0)).flatten(0, 1)
+    with evaluated(module):
+        found = module.forward(x[None])[0].double()
+    expected = _answer(block._replace(activation=resolve_activation(block.activation)), x).double()
+    # No number where both are 0, or too large for their type.
+    deviation = ((found - expected).norm(dim=1) / expected.norm(dim=1)).nan_to_num(0.0).max().item()
+    if deviation > torch.finfo(x.dtype).eps ** 0.5:
+        raise ValueError(
+            f"{where} computes something else than {block.kind} does, last(activation(first(x))): it deviates by"
+            f" {deviation:.1e}, so that its weights cannot be taken over"
+        )
 
 
 @torch.no_grad()

@@ -36,13 +36,18 @@ class Inspection(NamedTuple):
 def inspect(layer: FFF, x: Tensor, labels: Tensor | None = None) -> Inspection:
     """Route x, (..., D) with T rows in all, in evaluation; mode and record of the layer stay as they were.
 
-    labels: T class numbers from 0 on, in any shape. C is the largest plus 1.
+    labels: T class numbers from 0 on, in any shape; rows that have none are to be left out of x too. C is the largest
+        plus 1.
+
+    ValueError for a layer that is no tree and labels that are no such numbers.
     """
-    if not isinstance(layer, FFF):
-        raise ValueError(f"layer={type(layer).__name__} is no fff.FFF")
+    _check_tree(layer)
     rows = layer.rows(x)
+    labels = None if labels is None else torch.as_tensor(labels, device=x.device)
     if labels is not None and labels.numel() != rows.shape[0]:
         raise ValueError(f"labels has {labels.numel()} entries for {rows.shape[0]} rows of x")
+    if labels is not None and (labels.is_floating_point() or labels.numel() and labels.min() < 0):
+        raise ValueError(f"labels of {labels.dtype} from {labels.min()} on must be integers >= 0")
     before = layer.training, layer.record
     layer.eval()(rows)
     record = layer.record
@@ -77,8 +82,10 @@ def prune(layer: FFF, count: Tensor) -> FFF:
     In evaluation, rows that reach live leaves alone get the same output. Other rows now get that of a live leaf nearby.
     The soft mixture, which counts every leaf, does change.
 
-    ValueError for mode "gated" and for several leaves of a tree: the weights of their leaves depend on all nodes.
+    ValueError for mode "gated" and for several leaves of a tree: the weights of their leaves depend on all nodes; for a
+    layer that is no tree.
     """
+    _check_tree(layer)
     if layer.mode == "gated" or layer.beam_width > 1:
         raise ValueError(f"mode={layer.mode!r}, beam_width={layer.beam_width}: leaves are weighed by their paths")
     if tuple(count.shape) != (layer.num_leaves,):
@@ -104,6 +111,11 @@ def prune(layer: FFF, count: Tensor) -> FFF:
     return small
 
 
+def _check_tree(layer: nn.Module) -> None:
+    if not isinstance(layer, FFF):
+        raise ValueError(f"layer={type(layer).__name__} is no fff.FFF")
+
+
 class _Fork(NamedTuple):
     """node: its heap index in the old tree.  left, right: a fork, or the number of a leaf."""
 
@@ -116,7 +128,7 @@ def _contract(node: int, live: list[bool]) -> _Fork | int | None:
     """The subtree below a node without dead leaves; None if all are dead, but for the root, which keeps its first."""
     num_nodes = len(live) - 1
     if node >= num_nodes:
-        return node - num_nodes if live[node - num_nodes] else None
+        return node - num_nodes if live[node - num_nodes] or node == 0 else None
     left, right = _contract(2 * node + 1, live), _contract(2 * node + 2, live)
     if left is not None and right is not None:
         return _Fork(node, left, right)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fff.adapt.blocks import Block, Match, known_block
-from fff.adapt.replace import block_key, is_pretrained_class, replace_feedforward
+from fff.adapt.replace import WithDropout, block_key, is_pretrained_class, replace_feedforward
 from fff.layers.config import from_config, to_config
 from fff.layers.contract import RoutedLayer
 
@@ -84,7 +84,8 @@ def _rebuild(model: nn.Module, match: Match | None) -> None:
         block = known_block(module) if match is None else match(name, module)
         if block is None:
             raise ValueError(f"config.fff replaces {name}, which is no feedforward block of a known kind; pass match=")
-        return block
+        # Where the library builds without memory no dropout shows.
+        return block._replace(dropout=configs[name].get("dropout", 0.0))
 
     waiting = iter(configs.values())
 
@@ -106,7 +107,8 @@ def _noted_now(model: nn.Module) -> dict[str, Any]:
             if layer is None:
                 del noted[key]
             else:
-                noted[key] = to_config(layer)
+                dropout = block[1].p if isinstance(block, WithDropout) else 0.0
+                noted[key] = {**to_config(layer), "dropout": dropout}
     return noted
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,8 +43,9 @@ def replace_feedforward(
     match: see `feedforward_blocks`. To replace some blocks only: `lambda name, module: known_block(module) if
         name.startswith("blocks.1") else None`.
 
-    What surrounds a block stays: residual, norm, dropout of the output. Activation, dropout of hidden units and a norm
-    between the maps leave with it. A block that occurs several times in the model (shared weights) becomes one layer.
+    What surrounds a block stays: residual, norm, dropout of the output (by its probability, as a new module).
+    Activation, dropout of hidden units and a norm between the maps leave with it. A block that occurs several times in
+    the model (shared weights) becomes one layer.
 
     The fused evaluation of torch's `nn.TransformerEncoderLayer`, which would read the old weights, is switched off for
     it and for the `nn.TransformerEncoder` around it, whose padded positions are then computed, not 0. Pass the whole
@@ -57,30 +59,29 @@ def replace_feedforward(
     ValueError where no block is found, or where the model itself is one that could only be replaced as a whole.
     """
     report, layers = [], {}
-    for name, block in feedforward_blocks(model, match).items():
+    blocks = feedforward_blocks(model, match)
+    if "" in blocks and not blocks[""].place:
+        raise ValueError(f"model={type(model).__name__} is itself a feedforward block and cannot be replaced in place")
+    for name, block in blocks.items():  # all are made before the model changes
         module = model.get_submodule(name)
-        if module is model and not block.place:
-            raise ValueError(
-                f"model={type(model).__name__} is itself a feedforward block and cannot be replaced in place"
-            )
-        layer = _made(make_ff, block).train(module.training)
+        layers[name] = _made(make_ff, block)
         old = (*block.first, block.last) if block.place else (module,)
         row = Replacement(
             name,
             block.kind,
             _num_parameters(*old),
-            _num_parameters(layer),
+            _num_parameters(layers[name]),
             _flops(*block.first, block.last),
-            _flops(layer),
+            _flops(layers[name]),
         )
-        _put(model, module, block, layer)
         report.append(row)
-        layers[name] = layer
+    for name, block in blocks.items():
+        _put(model, model.get_submodule(name), block, layers[name])
     if is_pretrained_class(type(model)):
         try:
-            note_layers(model, layers)
+            note_layers(model, blocks, layers)
         except ValueError as error:
-            model.config.fff = {}
+            _set_noted(model, {}, {})
             warnings.warn(f"once saved, {type(model).__name__} cannot be loaded by `routed`: {error}", stacklevel=2)
     _leave_fused_path(model)
     return report
@@ -91,11 +92,24 @@ def block_key(model: nn.Module, name: str) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def note_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def note_layers(model: nn.Module, blocks: Mapping[str, Block], layers: Mapping[str, nn.Module]) -> None:
     """Add the configurations of these layers, by the names of their blocks, to `model.config.fff`; ValueError where one
     has none."""
-    noted = {block_key(model, name): to_config(layer) for name, layer in layers.items()}
-    model.config.fff = {**getattr(model.config, "fff", {}), **noted}
+    noted = {
+        block_key(model, name): {**to_config(layer), "dropout": blocks[name].dropout} for name, layer in layers.items()
+    }
+    _set_noted(model, noted, {**getattr(model.config, "fff", {}), **noted})
+
+
+def _set_noted(model: nn.Module, new: Mapping[str, Any], noted: dict[str, Any]) -> None:
+    """Models built from one configuration share it, so that this one gets its own. A trunk leaves it shared, for its
+    head to see, unless it tells already of the blocks that are new: then it tells of another model."""
+    if model.base_model is not model or new.keys() & getattr(model.config, "fff", {}).keys():
+        shared, own = model.config, copy.copy(model.config)
+        for module in model.modules():
+            if vars(module).get("config") is shared:
+                module.config = own
+    model.config.fff = noted
 
 
 def is_pretrained_class(model_class: type) -> bool:
@@ -127,7 +141,7 @@ def timm_mlp(
     if use_conv:
         raise ValueError("use_conv=True asks for channels first; these layers take them last")
     layer = make_ff(in_features, out_features=out_features or in_features).to(device=device, dtype=dtype)
-    return _with_dropout(layer, nn.Dropout(drop[1] if isinstance(drop, tuple) else drop))
+    return _with_dropout(layer, drop[1] if isinstance(drop, tuple) else drop)
 
 
 def _made(make_ff: Callable[..., nn.Module], block: Block) -> nn.Module:
@@ -137,13 +151,12 @@ def _made(make_ff: Callable[..., nn.Module], block: Block) -> nn.Module:
 
 
 def _put(model: nn.Module, module: nn.Module, block: Block, layer: nn.Module) -> None:
+    layer = (layer if block.place else _with_dropout(layer, block.dropout)).train(module.training)
     if block.place:
         _set(module, block.place, layer)
         for path in block.idle:
             _set(module, path, nn.Identity())
         return
-    if block.dropout is not None:
-        layer = _with_dropout(layer, block.dropout)
     for path, other in list(model.named_modules(remove_duplicate=False)):
         if other is module:
             _set(model, path, layer)
@@ -154,8 +167,12 @@ def _set(module: nn.Module, path: str, value: nn.Module) -> None:
     setattr(module.get_submodule(parent), name, value)
 
 
-def _with_dropout(layer: nn.Module, dropout: nn.Dropout) -> nn.Module:
-    return nn.Sequential(layer, dropout) if dropout.p > 0 else layer
+class WithDropout(nn.Sequential):
+    """A layer, and dropout of its output."""
+
+
+def _with_dropout(layer: nn.Module, dropout: float) -> nn.Module:
+    return WithDropout(layer, nn.Dropout(dropout)) if dropout > 0 else layer
 
 
 def _leave_fused_path(model: nn.Module) -> None:

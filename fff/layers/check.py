@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 
 def check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
@@ -17,14 +19,24 @@ def check_width(**sizes: int) -> None:
 
 def check_non_negative(**values: float) -> None:
     for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name}={value!r} must be >= 0")
+        if not _is_number(value) or not value >= 0:
+            raise ValueError(f"{name}={value!r} must be a number >= 0")
+
+
+def check_above_zero(**values: float) -> None:
+    for name, value in values.items():
+        if not _is_number(value) or not value > 0:
+            raise ValueError(f"{name}={value!r} must be a number > 0")
 
 
 def check_probability(**values: float) -> None:
     for name, value in values.items():
-        if not 0 <= value <= 1:
+        if not _is_number(value) or not 0 <= value <= 1:
             raise ValueError(f"{name}={value!r} must lie in [0, 1]")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_depth(depth: int, most: int) -> None:

@@ -199,8 +199,9 @@ def routing(model: nn.Module) -> Iterator[tuple[str, Record]]:
 def aux_loss(model: nn.Module) -> Tensor:
     """Sum of the weighted auxiliary losses of the last forward over all layers of `model`, each layer once; ().
 
-    Add it to the task loss once per forward pass. A layer called several times in one pass counts its last call; one
-    that a pass leaves out still has the record of the pass before.
+    Add it to the task loss once per forward pass (with the `Trainer` of transformers in `compute_loss`). A layer called
+    several times in one pass counts its last call; one that a pass leaves out still has the record of the pass before.
+    `nn.DataParallel` leaves the records with its copies, so that this is 0: use `DistributedDataParallel`.
 
     A loss of balance (of `fff.ops.balance` all but entropies and z-losses) is that of the rows of one forward pass:
     over micro-batches, or the processes of a distributed run, the mean of theirs, which is not that of all rows

@@ -40,7 +40,7 @@ class FeedForward(RoutedLayer):
         check_positive(in_features=in_features, hidden_features=hidden_features, out_features=out_features)
         check_probability(drop=drop)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
-        self.act = resolve_activation(act_layer)
+        self.act = resolve_activation(act_layer, "act_layer")
         self.glu, self.drop = glu, drop
         check_choice("backend", backend, ("auto", "reference", "dense"))
         self.backend = "dense" if backend == "auto" else backend

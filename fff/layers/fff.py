@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fff.layers.base import ExpertLayer
 from fff.layers.check import (
+    check_above_zero,
     check_choice,
     check_depth,
     check_non_negative,
@@ -161,12 +162,11 @@ class FFF(ExpertLayer):
         )
         if bias_update_rate and mode == "soft":
             raise ValueError(f"bias_update_rate={bias_update_rate!r} moves decisions, not the mixture of mode='soft'")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature!r} must be > 0")
+        check_above_zero(temperature=temperature)
         check_choice("backend", backend, ("auto", *BACKENDS))
         self.in_features, self.leaf_width, self.out_features, self.depth = in_features, leaf_width, out_features, depth
         self.mode, self.soft_gate, self.soft_eval, self.backend = mode, soft_gate, soft_eval, backend
-        self.act, self.glu, self.drop = resolve_activation(act_layer), glu, drop
+        self.act, self.glu, self.drop = resolve_activation(act_layer, "act_layer"), glu, drop
         self.top_k, self.beam_width, self.num_trees = top_k, beam_width, num_trees
         self.node_width, self.master_width = node_width, master_width
         self.temperature, self.region_leak, self.runner_up = temperature, region_leak, runner_up

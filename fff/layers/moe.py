@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fff.layers.base import ExpertLayer
-from fff.layers.check import check_choice, check_non_negative, check_positive, check_probability, check_width
+from fff.layers.check import (
+    check_above_zero,
+    check_choice,
+    check_non_negative,
+    check_positive,
+    check_probability,
+    check_width,
+)
 from fff.layers.contract import Record, Size
 from fff.layers.init import uniform_fan_in_
 from fff.ops import balance, top_k_route
@@ -96,21 +103,20 @@ class MoE(ExpertLayer):
         )
         check_width(shared_width=shared_width)
         check_probability(jitter=jitter, drop=drop)
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"capacity_factor={capacity_factor!r} must be > 0 or None")
+        if capacity_factor is not None:
+            check_above_zero(capacity_factor=capacity_factor)
         if capacity_factor is not None and router == "soft":
             raise ValueError(f"capacity_factor={capacity_factor!r}, but router='soft' drops nothing")
-        if load_weight and router != "noisy_top_k":
-            raise ValueError(f"load_weight={load_weight!r} needs the noise of router='noisy_top_k', not {router!r}")
         if bias_update_rate and router != "sigmoid":
             raise ValueError(f"bias_update_rate={bias_update_rate!r} needs router='sigmoid', not {router!r}")
         check_choice("backend", backend, ("auto", "reference", "dense", *(() if router == "soft" else HARD_BACKENDS)))
         self.in_features, self.expert_width, self.out_features = in_features, expert_width, out_features
         self.num_experts, self.top_k, self.router, self.capacity_factor = num_experts, top_k, router, capacity_factor
         self.importance_weight, self.load_weight = importance_weight, load_weight
+        self._check_load_weight()
         self.balance_weight, self.z_weight = balance_weight, z_weight
         self.bias_update_rate, self.jitter, self.shared_width = bias_update_rate, jitter, shared_width
-        self.act, self.glu, self.drop, self.backend = resolve_activation(act_layer), glu, drop, backend
+        self.act, self.glu, self.drop, self.backend = resolve_activation(act_layer, "act_layer"), glu, drop, backend
 
         self.gate_weight = nn.Parameter(torch.empty(num_experts, in_features))
         noisy = router == "noisy_top_k"
@@ -130,6 +136,12 @@ class MoE(ExpertLayer):
             self.shared_b_out = nn.Parameter(torch.empty(1, out_features)) if bias else None
         self.register_buffer("decision_bias", torch.zeros(num_experts) if router == "sigmoid" else None)
         self.reset_parameters()
+
+    def _check_load_weight(self) -> None:
+        if self.load_weight and self.router != "noisy_top_k":
+            raise ValueError(
+                f"load_weight={self.load_weight!r} needs the noise of router='noisy_top_k', not {self.router!r}"
+            )
 
     def reset_parameters(self) -> None:
         """Experts uniform in +-1/sqrt(fan in), as `nn.Linear`. A router with noise starts at 0 (Shazeer et al. 2017,
@@ -219,6 +231,7 @@ class MoE(ExpertLayer):
         if self.importance_weight:
             losses["importance"] = balance.importance(route.full_gate)
         if self.load_weight:
+            self._check_load_weight()
             losses["load"] = balance.cv_squared(route.load)
         if self.balance_weight:
             losses["balance"] = balance.switch(route.probability, route.index)

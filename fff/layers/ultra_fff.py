@@ -55,7 +55,7 @@ class UltraFFF(RoutedLayer):
         check_depth(depth, MAX_DEPTH)
         check_choice("backend", backend, ("auto", "dense", "gather"))
         self.in_features, self.out_features, self.depth, self.num_trees = in_features, out_features, depth, num_trees
-        self.act = resolve_activation(act_layer)
+        self.act = resolve_activation(act_layer, "act_layer")
         self.backend = ("dense" if depth < DENSE_LEVELS else "gather") if backend == "auto" else backend
         neurons = num_trees * (2 ** (depth + 1) - 1)
         self.w_in = nn.Parameter(torch.empty(neurons, in_features))

@@ -48,14 +48,15 @@ def activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
     return _NAMES.get(act)
 
 
-def resolve_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
-    """The function behind a name, a callable, or an `nn.Module` class (timm's `act_layer=nn.GELU`)."""
+def resolve_activation(activation: Activation, argument: str = "activation") -> Callable[[Tensor], Tensor]:
+    """The function behind a name, a callable, or an `nn.Module` class (timm's `act_layer=nn.GELU`); `argument` is how
+    errors call it."""
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is none of {sorted(ACTIVATIONS)}")
+            raise ValueError(f"{argument}={activation!r} is none of {sorted(ACTIVATIONS)}")
         return ACTIVATIONS[activation]
     if isinstance(activation, type) and issubclass(activation, nn.Module):
         return activation()
     if not callable(activation):
-        raise ValueError(f"activation={activation!r} is neither a name nor a callable")
+        raise ValueError(f"{argument}={activation!r} is neither a name nor a callable")
     return activation

@@ -94,6 +94,67 @@ def test_a_block_that_is_not_reached_is_named():
     assert model[1] is before and not before.gate_proj._forward_pre_hooks
 
 
+class LowRank(nn.Linear):
+    """Adds to what its weight gives."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+class Clamped(Gated):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=5.0)) * self.up_proj(x))
+
+
+class ValueFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(D, 2 * H), nn.SiLU(), nn.Linear(H, D)
+
+    def forward(self, x):
+        value, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(self.act(gate) * value)
+
+
+def adapted():
+    mlp = Mlp()
+    mlp.fc2 = LowRank(H, D)
+    return mlp
+
+
+def nameless():
+    mlp = Mlp()
+    mlp.forward, mlp.act = lambda x: mlp.drop2(mlp.fc2(torch.tanh(mlp.fc1(x)))), None
+    return mlp
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (Clamped, r"block '1' \(Clamped\) computes something else"),
+        (ValueFirst, r"block '1' \(ValueFirst\) computes something else"),
+        (adapted, "LowRank computes something else than its weight"),
+        (nameless, r"block '1' \(Mlp\): no activation under a usual name; pass match="),
+    ],
+)
+def test_a_block_that_computes_something_else_is_not_converted(build, message):
+    model, x = nn.Sequential(Mlp(), build()), torch.randn(9, D)
+    before = list(model)
+    with pytest.raises(ValueError, match=message):
+        convert_feedforward(model, lambda: model(x), depth=0)
+    assert list(model) == before
+    if build is not adapted:  # whose maps the teacher itself calls
+        student = nn.Sequential(fff.FFF(D, 3, depth=1), fff.FFF(D, 3, depth=1))
+        with pytest.raises(ValueError, match=message), distillation(student, model):
+            pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rounding_is_no_other_formula(dtype):
+    model, x = gated().to(dtype), torch.randn(9, D, dtype=dtype)
+    convert_feedforward(model, lambda: model(x), depth=0)
+
+
 def test_the_distance_is_the_mean_squared_error_of_the_conversion():
     student, teacher, x = pair()
     with distillation(student, teacher) as distance:

@@ -107,6 +107,7 @@ def test_rows_of_live_leaves_get_the_same_output(options):
 
 def test_a_tree_that_no_row_reached_keeps_a_leaf():
     assert prune(plane(), torch.zeros(4)).depth == 0
+    assert prune(FFF(6, 3, depth=0), torch.zeros(1)).num_leaves == 1
 
 
 def test_what_cannot_be_pruned_or_inspected_is_refused():
@@ -118,5 +119,10 @@ def test_what_cannot_be_pruned_or_inspected_is_refused():
         prune(FFF(6, 3, depth=2), torch.ones(8))
     with pytest.raises(ValueError, match="labels has 2 entries for 3 rows"):
         inspect(FFF(6, 3, depth=2), torch.randn(3, 6), torch.zeros(2))
+    for labels in ([0, 1, -1], [0.0, 1.0, 2.0]):
+        with pytest.raises(ValueError, match="must be integers >= 0"):
+            inspect(FFF(6, 3, depth=2), torch.randn(3, 6), labels)
+    with pytest.raises(ValueError, match="MoE"):
+        prune(fff.MoE(6, 3, num_experts=2), torch.ones(2))
     with pytest.raises(ValueError, match="MoE"):
         inspect(fff.MoE(6, 3, num_experts=2), torch.randn(3, 6))

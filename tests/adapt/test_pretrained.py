@@ -146,6 +146,35 @@ def test_missing_weights_are_those_of_a_new_layer_and_the_others_stay(layer, tmp
         assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in new.parameters()]
 
 
+def test_dropout_of_the_output_is_saved(tmp_path):
+    model = build("gpt2", resid_pdrop=0.25)
+    model.save_pretrained(tmp_path)
+    for loaded in (load(routed(transformers.GPT2LMHeadModel), tmp_path), copy.deepcopy(model)):
+        assert [block.mlp[1].p for block in loaded.transformer.h] == [0.25, 0.25]
+    loaded.transformer.h[0].mlp[1].p = 0.5
+    again = load(routed(transformers.GPT2LMHeadModel), tmp_path)
+    again.transformer.h[0].mlp[1].p = 0.5
+    again.save_pretrained(tmp_path / "again")
+    assert [block.mlp[1].p for block in load(type(again), tmp_path / "again").transformer.h] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+def test_models_of_one_configuration_have_their_own_layers(trunk, tmp_path):
+    kind = transformers.GPT2Model if trunk else transformers.GPT2LMHeadModel
+    config = transformers.GPT2Config(**COMMON, **MODELS["gpt2"][2])
+    models = [kind(config).eval() for _ in range(3)]
+    for model, depth in zip(models, (1, 2), strict=False):  # the third stays dense
+        replace_feedforward(model, partial(fff.FFF, leaf_width=4, depth=depth))
+    for i, model in enumerate(models[: 2 if trunk else 3]):
+        model.save_pretrained(tmp_path / str(i))
+        loaded = load(routed(kind), tmp_path / str(i))
+        assert [layer.depth for layer in routed_layers(loaded)] == [[1, 1], [2, 2], []][i]
+        assert torch.equal(loaded(TOKENS)[0], model(TOKENS)[0])
+    assert all(
+        module.config is model.config for model in models for module in model.modules() if "config" in vars(module)
+    )
+
+
 def test_what_was_set_since_is_saved(tmp_path):
     """A plain checkpoint goes into the routed class, which notes its layers at each saving."""
     build("gpt2", None).save_pretrained(tmp_path)

@@ -124,10 +124,83 @@ def test_dropout_of_the_output_stays():
     assert 0.4 < (model(x) == x).float().mean() < 0.6  # dropped outputs leave the residual alone
 
 
-def test_layer_has_the_type_and_mode_of_the_block():
-    model = Residual(NanoMlp()).to(torch.bfloat16).eval()
+class Around(nn.Module):
+    """The names of timm's Mlp, and what a forward may do with them."""
+
+    def __init__(self, forward, **attributes):
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.how = nn.Linear(D, H), nn.GELU(), nn.Linear(H, D), forward
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.how(self, x)
+
+    def inside(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("module", "p"),
+    [
+        (Around(lambda m, x: m.drop(m.fc2(m.drop(m.act(m.fc1(x))))), drop=nn.Dropout(0.3)), 0.3),
+        (Around(lambda m, x: m.fc2(m.drop(m.act(m.fc1(x)))), drop=nn.Dropout(0.3)), 0.0),
+        (Around(lambda m, x: F.dropout(m.inside(x), m.residual, m.training), residual=0.05), 0.05),
+        (Around(lambda m, x: m.inside(x)), 0.0),
+    ],
+    ids=["one module twice", "of hidden units", "a function", "none"],
+)
+def test_dropout_of_the_output_is_found_by_what_it_does(module, p, dtype):
+    module.to(dtype).eval()
+    assert known_block(module).dropout == pytest.approx(p, abs=0 if dtype == torch.float32 else 0.002)
+    model = nn.Sequential(module)
     replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=1))
-    assert model.mlp.w_in.dtype == torch.bfloat16 and not model.mlp.training
+    left = [part for part in model.modules() if isinstance(part, nn.Dropout)]
+    assert len(left) == (p > 0) and not any(part.training for part in model.modules() if part is not model)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Around(lambda m, x: m.inside(m.norm(x)), norm=nn.LayerNorm(D)),
+        Around(lambda m, x: m.inside(F.normalize(x, dim=-1))),
+        Around(lambda m, x: x + m.inside(x)),
+        Around(lambda m, x: 1.25 * m.inside(x)),
+        Around(lambda m, x: (m.inside(x), x)),
+        Around(lambda m, x: m.inside(x.unflatten(0, (7, -1))).flatten(0, 1)),
+    ],
+    ids=["norm", "norm without weights", "residual", "factor", "two tensors", "rows of another shape"],
+)
+def test_what_does_more_around_its_maps_is_left_alone(module):
+    assert known_block(module) is None
+    with pytest.raises(ValueError, match=r"0 \(Around: fc1, fc2"):
+        replace_feedforward(nn.Sequential(module), partial(fff.FFF, leaf_width=3, depth=1))
+
+
+def test_a_look_at_a_block_leaves_no_trace():
+    module = Around(lambda m, x: m.fc2(m.norm(m.drop(m.act(m.fc1(x))))), norm=nn.Identity(), drop=nn.Dropout(0.5))
+    module.norm = nn.BatchNorm1d(4)  # of the four rows
+    module.drop.eval()
+    state, before = torch.get_rng_state(), {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert known_block(module) is not None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert [part.training for part in (module, module.drop, module.norm)] == [True, False, True]
+    assert not module.fc1._forward_pre_hooks and not module.fc2._forward_hooks
+
+
+def test_a_model_is_changed_whole_or_not_at_all():
+    model = nn.Sequential(Residual(NanoMlp()), nn.TransformerEncoderLayer(D + 1, 3, H))
+    with pytest.raises(ValueError, match="in_features=9"):
+        replace_feedforward(model, partial(fff.PatchMoE, num_experts=2, channels=2, num_patches=4))
+    assert isinstance(model[0].mlp, NanoMlp) and isinstance(model[1].linear1, nn.Linear)
+
+
+def test_layer_has_the_type_and_mode_of_the_block():
+    model = Residual(NanoMlp(p=0.5)).to(torch.bfloat16).eval()
+    replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=1))
+    assert model.mlp[0].w_in.dtype == torch.bfloat16 and not any(part.training for part in model.modules())
 
 
 def test_shared_block_becomes_one_layer():

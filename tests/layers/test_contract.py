@@ -264,6 +264,8 @@ def test_bad_input_is_named(make):
         ({"region_leak": -0.1}, "region_leak=-0.1"),
         ({"balance_weight": -1.0}, "balance_weight=-1.0"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": None}, "temperature=None must be a number"),
+        ({"balance_weight": "0.1"}, "balance_weight='0.1'"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"act_layer": "rellu"}, "activation='rellu'"),
         ({"soft_gate": "additive", "mode": "gated"}, "soft_gate='additive'"),

@@ -429,7 +429,9 @@ def test_copies_after_a_forward(router):
         ({"shared_width": -1}, "shared_width=-1"),
         ({"backend": "fast"}, "backend='fast'"),
         ({"backend": "grouped", "router": "soft", "top_k": 5}, "backend='grouped'"),
-        ({"act_layer": "tanhh"}, "tanhh"),
+        ({"act_layer": "tanhh"}, "act_layer='tanhh'"),
+        ({"z_weight": "0.1"}, "z_weight='0.1' must be a number"),
+        ({"jitter": None}, "jitter=None must be a number"),
     ],
 )
 def test_bad_arguments(keywords, message):
@@ -439,6 +441,10 @@ def test_bad_arguments(keywords, message):
 
 def test_bad_input():
     layer = moe("mixtral")
+    layer.load_weight = 0.1
+    with pytest.raises(ValueError, match="load_weight=0.1 needs the noise"):
+        layer(torch.randn(2, 6))
+    layer.load_weight = 0.0
     with pytest.raises(ValueError, match="in_features=6"):
         layer(torch.randn(2, 5))
     with pytest.raises(ValueError, match="int64"):

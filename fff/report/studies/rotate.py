@@ -47,9 +47,7 @@ def report(data: StudyData) -> Report:
     found = {model: cell for (model,), cell in placed(data, runs, cells.to_dict("records"), ["model"]).items()}
     dense = {cell["training_width"]: cell for cell in found.values() if not cell["num_leaves"] > 1}
     published = reference(_REFERENCE, data.results_dir)
-    rows = (
-        "blurred, as theirs" if runs["data.blur"].ne("").all() else "as sharp as test rows, where theirs are blurred"
-    )
+    rows = "blurred, as theirs" if runs["data.blur"].ne("").all() else "as sharp as test rows, where theirs are blurred"
     tables = [
         Table(
             data.name,
