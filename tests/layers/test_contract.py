@@ -267,7 +267,7 @@ def test_bad_input_is_named(make):
         ({"temperature": None}, "temperature=None must be a number"),
         ({"balance_weight": "0.1"}, "balance_weight='0.1'"),
         ({"backend": "cuda"}, "backend='cuda'"),
-        ({"act_layer": "rellu"}, "activation='rellu'"),
+        ({"act_layer": "rellu"}, "act_layer='rellu'"),
         ({"soft_gate": "additive", "mode": "gated"}, "soft_gate='additive'"),
     ],
 )

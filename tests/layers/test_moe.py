@@ -431,7 +431,7 @@ def test_copies_after_a_forward(router):
         ({"backend": "grouped", "router": "soft", "top_k": 5}, "backend='grouped'"),
         ({"act_layer": "tanhh"}, "act_layer='tanhh'"),
         ({"z_weight": "0.1"}, "z_weight='0.1' must be a number"),
-        ({"jitter": None}, "jitter=None must be a number"),
+        ({"jitter": None}, "jitter=None must lie"),
     ],
 )
 def test_bad_arguments(keywords, message):
