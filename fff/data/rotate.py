@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +37,27 @@ class RotatedImages(DerivedData):
     Here every picture is turned twice, by 15 degrees each time, there and back or there and on, so that both labels
     pass the same interpolation.
 
-    blur: in training rows alone, normal blur by a kernel of 7 x 3 pixels (height x width) as theirs, of a standard
-        deviation that is drawn for each row, once, between these two numbers of pixels; None: none. Validation rows
-        are sharp, as test rows are.
+    blur: normal blur by a kernel of 7 x 3 pixels (height x width) as theirs, of a standard deviation that is drawn for
+        each row, once, between these two numbers of pixels; None: none.
+    blurred_rows: "train", as theirs: validation rows are sharp, as test rows are; or "all", so that none differ.
     rotate_seed: of the rows that are turned, and of the blur. Batch sizes, normalisation and the other seeds are those
         of `data`.
     """
 
-    def __init__(self, data: InMemoryData, *, blur: Sequence[float] | None = (1.1, 2.2), rotate_seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: InMemoryData,
+        *,
+        blur: Sequence[float] | None = (1.1, 2.2),
+        blurred_rows: Literal["train", "all"] = "train",
+        rotate_seed: int = 0,
+    ) -> None:
         super().__init__(data)
+        if blurred_rows not in ("train", "all"):
+            raise ValueError(f"blurred_rows={blurred_rows!r} is none of 'train', 'all'")
         if blur is not None and not (len(blur) == 2 and 0 < blur[0] <= blur[1]):
             raise ValueError(f"blur must be None or two numbers, 0 < low <= high, got {blur}")
-        self.blur, self.rotate_seed = blur, rotate_seed
+        self.blur, self.blurred_rows, self.rotate_seed = blur, blurred_rows, rotate_seed
 
     def load(self) -> Rows:
         rows = self.data.rows
@@ -57,13 +67,18 @@ class RotatedImages(DerivedData):
         train_y, test_y = (_half(len(y), generator) for y in (rows.train_y, rows.test_y))
         train_x, test_x = rotated(rows.train_x, train_y), rotated(rows.test_x, test_y)
         if self.blur is not None:
-            low, high = self.blur
-            trained = self.data.train_rows  # the same split, of as many rows by the same seed
-            sigma = low + (high - low) * torch.rand(len(trained), generator=generator)
-            train_x[trained] = blurred(train_x[trained], sigma)
+            # `data` has the same split, of as many rows by the same seed.
+            chosen = self.data.train_rows if self.blurred_rows == "train" else torch.arange(len(train_x))
+            train_x[chosen] = blurred(train_x[chosen], self._deviations(len(chosen), generator))
+            if self.blurred_rows == "all":
+                test_x = blurred(test_x, self._deviations(len(test_x), generator))
         # The labels stand for the pixels, whose last bits depend on the machine.
         digest = self.data.content_digest[:8] + content_digest((train_y, test_y))[:8]
         return Rows(train_x, train_y, test_x, test_y, ["upright", "turned"], rows.scale, rows.shift, digest)
+
+    def _deviations(self, num_rows: int, generator: torch.Generator) -> Tensor:
+        low, high = self.blur
+        return low + (high - low) * torch.rand(num_rows, generator=generator)
 
     @property
     def test_cluster(self) -> Tensor:

@@ -65,6 +65,17 @@ def test_blur_is_on_training_rows_alone(digits):
     assert torch.equal(changed.nonzero().flatten(), data.train_rows)
 
 
+def test_blur_of_all_rows(digits):
+    """Training rows by the same deviations and labels as before, if there are no others."""
+    sharp, data = RotatedImages(digits, blur=None), RotatedImages(digits, blur=(2.0, 2.0), blurred_rows="all")
+    for split in ("train", "test"):
+        assert torch.equal(getattr(data.rows, f"{split}_y"), getattr(sharp.rows, f"{split}_y"))
+        x = getattr(sharp.rows, f"{split}_x")
+        assert torch.equal(getattr(data.rows, f"{split}_x"), blurred(x, torch.full((len(x),), 2.0)))
+    with pytest.raises(ValueError, match="blurred_rows='test'"):
+        RotatedImages(digits, blurred_rows="test")
+
+
 def test_blur_is_a_normal_kernel_of_seven_by_three():
     x = torch.zeros(2, 1, 15, 15)
     x[:, 0, 7, 7] = 1.0

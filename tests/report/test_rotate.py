@@ -70,9 +70,16 @@ def test_heads_stand_beside_the_dense_ones_and_the_published_gain(report):
     assert not made.remarks
 
 
-@pytest.mark.parametrize(("blur", "words"), [("[1.1, 2.2]", "ours are blurred, as theirs"), ("", "ours are as sharp")])
-def test_training_rows_that_are_not_theirs_are_told(report, blur, words):
-    assert words in report((TREE, 0.8, 2), blur=blur)[1]
+@pytest.mark.parametrize(
+    ("blur", "rows", "words"),
+    [
+        ("[1.1, 2.2]", "", "ours are blurred, as theirs"),
+        ("", "", "ours are as sharp"),
+        ("[1.1, 2.2]", "all", "ours are blurred as test rows are"),
+    ],
+)
+def test_training_rows_that_are_not_theirs_are_told(report, blur, rows, words):
+    assert words in report((TREE | {"data.blurred_rows": rows}, 0.8, 2), blur=blur)[1]
 
 
 def test_two_configurations_of_one_layer_are_refused(report):

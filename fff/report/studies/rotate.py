@@ -20,6 +20,7 @@ from fff.report.paper import (
     shown,
     signed,
     size,
+    text,
 )
 from fff.report.study import Report, StudyData
 from fff.report.tables import MISSING, Table, integer, number, of, percent
@@ -47,7 +48,12 @@ def report(data: StudyData) -> Report:
     found = {model: cell for (model,), cell in placed(data, runs, cells.to_dict("records"), ["model"]).items()}
     dense = {cell["training_width"]: cell for cell in found.values() if not cell["num_leaves"] > 1}
     published = reference(_REFERENCE, data.results_dir)
-    rows = "blurred, as theirs" if runs["data.blur"].ne("").all() else "as sharp as test rows, where theirs are blurred"
+    if text(runs, "data.blurred_rows").eq("all").all():
+        rows = "blurred as test rows are, where theirs alone are blurred"
+    elif runs["data.blur"].ne("").all():
+        rows = "blurred, as theirs"
+    else:
+        rows = "as sharp as test rows, where theirs are blurred"
     tables = [
         Table(
             data.name,
