@@ -61,6 +61,7 @@ def write_run(runs_dir):
         history=None,
         digest=None,
         routes=None,
+        max_epochs=100,
         **metrics,
     ) -> Path:
         tree = depth is not None
@@ -88,7 +89,7 @@ def write_run(runs_dir):
                 "stop_loss": stop_loss,
             },
             "data": {"name": data, "seed": seed, "split_seed": 0, "root": "/a/place"},
-            "trainer": {"max_epochs": 100},
+            "trainer": {"max_epochs": max_epochs},
         }
         if model:
             config["model"] = model

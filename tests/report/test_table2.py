@@ -61,6 +61,16 @@ def test_a_tree_is_measured_against_dense_layers_of_its_recipe(write_run, sectio
     assert cells_of(every, "our recipe", "dense", "32")[1] == "48.0 ± –"
 
 
+def test_longer_runs_of_a_layer_stand_beside_the_others(write_run, sections):
+    ours(write_run, width=64, ga=0.50)
+    ours(write_run, width=128, ga=0.51)
+    ours(write_run, width=64, ga=0.60, val_accuracy=0.9, max_epochs=200)
+    write_run("table2", data="cifar10", recipe="cifar_paper", optimizer=ADAMW, width=64, ga=0.49, max_epochs=300)
+    first, _, every = sections()
+    assert cells_of(first, "64", "dense")[3:6:2] == ["49.0 ± –", "50.0 ± –"]
+    assert cells_of(every, "our recipe", "dense, 200 epochs", "64")[1] == "60.0 ± –"
+
+
 def test_two_configurations_of_one_layer_are_refused(write_run, sections):
     ours(write_run, width=32)
     write_run("table2", data="cifar10", recipe="cifar", optimizer={**ADAMW, "lr": 0.5}, width=32)

@@ -63,8 +63,9 @@ def report(data: StudyData) -> Report:
     runs = data.runs.assign(model=[row.model for row in rows], layer=[row.layer for row in rows])
     runs["recipe"] = text(runs, "recipe")
     runs["width"] = runs["metrics.training_width"].astype(int)
-    summary = summarize(runs, keep=["recipe", "model", "layer", "width"])
     key = ["recipe", "model", "layer", "width"]
+    runs["layer"] += _longer(runs, key)
+    summary = summarize(runs, keep=key)
     found = placed(data, runs, summary.to_dict("records"), key)
     cells = {(recipe, Row(model, layer), width): cell for (recipe, model, layer, width), cell in found.items()}
     paper = _paper(data)
@@ -97,6 +98,13 @@ def _row(run: dict[str, str]) -> Row:
     master = f" + master {run['layer.master_width']}" if has("master_width") else ""
     mode = run["layer.mode"].replace("_", "-") + (", runner-up" if has("runner_up") else "")
     return Row("fff", f"FFF {trees}{run['layer.leaf_width']}{master}, {mode}{base}")
+
+
+def _longer(runs: pd.DataFrame, key: list[str]) -> pd.Series:
+    """ ", 200 epochs" of runs for whose place there are shorter ones."""
+    epochs = runs["trainer.max_epochs"].astype(int)
+    shortest = epochs.groupby([runs[name] for name in key]).transform("min")
+    return (", " + epochs.astype(str) + " epochs").where(epochs > shortest, "")
 
 
 def _paper(data: StudyData) -> dict[tuple[str, int], Cell]:
