@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from fff.layers.contract import RoutedLayer, routing
-from fff.tasks.callbacks import LayerSchedule, RandomState
+from fff.tasks.callbacks import RandomState
 from fff.tasks.protocol import USAGE_METRICS, Protocol, dispatch_entropy, evaluate, model_metrics, record_of
 from fff.tasks.routes import measure_routes
 from fff.tasks.task import RoutedTask
@@ -26,15 +26,13 @@ from fff.tasks.task import RoutedTask
 class Classification(RoutedTask):
     """Trains `model` on (x, y) batches; with `protocol_callbacks()` in the Trainer, `results` then measures the run.
 
-    optimizer, router_lr_factor, deviation_decay: see `RoutedTask`.
+    optimizer, router_lr_factor, deviation_decay, schedules, test: see `RoutedTask`.
     lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch.
     plateau: the accuracy that a ReduceLROnPlateau gets (give it `mode="max"`), of the training or the validation rows.
     patience: epochs without a better training or validation accuracy after which training stops.
     stop_loss: mean task loss of an epoch that ends training; None: none does.
-    schedules: attribute of the layers -> points of its `LayerSchedule`.
     restart_from_best: epochs, counted from 0 as in a schedule, before which the model goes back to the weights of the
         best validation accuracy so far, and the optimiser forgets its averages.
-    test: whether `results` looks at the test rows; False for a search, whose runs then have no GA to select by.
     keep_routes: whether the record of a run is to have `routes`; for a model with one routed layer.
     """
 
@@ -56,7 +54,14 @@ class Classification(RoutedTask):
         test: bool = True,
         keep_routes: bool = False,
     ) -> None:
-        super().__init__(model, optimizer=optimizer, router_lr_factor=router_lr_factor, deviation_decay=deviation_decay)
+        super().__init__(
+            model,
+            optimizer=optimizer,
+            router_lr_factor=router_lr_factor,
+            deviation_decay=deviation_decay,
+            schedules=schedules,
+            test=test,
+        )
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
         if plateau not in ("train", "val"):
@@ -75,8 +80,6 @@ class Classification(RoutedTask):
         self.keep_routes = keep_routes
         self.protocol = Protocol(patience, stop_loss)
         self.restart_from_best = frozenset(restart_from_best)
-        self.test = test
-        self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
         self._lr_schedule: LRScheduler | None = None
         self._restored_lr_schedule: dict[str, Any] | None = None
 
@@ -160,9 +163,9 @@ class Classification(RoutedTask):
     def _measure(self, data: LightningDataModule) -> tuple[dict[str, Any], str]:
         """What the best weights do with the rows, by the names in `_MEASURED`, and the backend of the hard route."""
         ma, ga = self.protocol.best["train"], self.protocol.best["val"]
-        self._restore(ma.epoch, ma.weights)
+        self.restore(ma.epoch, ma.weights)
         ma_soft = evaluate(self.model, data.train_eval_dataloader(), soft=True).soft_accuracy
-        self._restore(ga.epoch, ga.weights)
+        self.restore(ga.epoch, ga.weights)
         if not self.test:
             val = evaluate(self.model, data.val_dataloader())
             known = {"ma": ma.accuracy, "ma_epochs": ma.epoch, "ga_epochs": ga.epoch, "val_accuracy": ga.accuracy}
@@ -204,12 +207,6 @@ class Classification(RoutedTask):
             indices.append(torch.where(record.index < 0, -1, record.index + first))
             first += record.num_experts
         return torch.cat(indices, dim=1)
-
-    def _restore(self, epoch: int, weights: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(weights)
-        # A scheduled temperature is no weight, but the accuracy of that epoch depended on it.
-        for schedule in self.schedules:
-            schedule.apply(self.model, epoch - 1)
 
 
 _MEASURED = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,8 +43,8 @@ class LanguageModeling(RoutedTask):
     """Trains a model of (B, P) tokens -> (B, P, V) logits; with `protocol_callbacks()` in the Trainer, `results` then
     measures the run.
 
-    optimizer, router_lr_factor, deviation_decay: see `RoutedTask`. The optimiser's weight decay is for matrices and
-        embeddings; biases, also those of experts, and normalisation weights have none, as in GPT.
+    optimizer, router_lr_factor, deviation_decay, schedules, test: see `RoutedTask`. The optimiser's weight decay is for
+        matrices and embeddings; biases, also those of experts, and normalisation weights have none, as in GPT.
     warmup_steps: optimiser steps in which the learning rate rises to its full value; from there it falls, by a cosine
         over the steps that the Trainer has left, to `final_lr` of it.
     keep_routes: whether the record of a run is to have `routes`.
@@ -58,14 +58,25 @@ class LanguageModeling(RoutedTask):
         warmup_steps: int = 100,
         final_lr: float = 0.1,
         router_lr_factor: float = 1.0,
+        schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
         deviation_decay: float | None = None,
+        test: bool = True,
         keep_routes: bool = False,
     ) -> None:
-        super().__init__(model, optimizer=optimizer, router_lr_factor=router_lr_factor, deviation_decay=deviation_decay)
+        super().__init__(
+            model,
+            optimizer=optimizer,
+            router_lr_factor=router_lr_factor,
+            deviation_decay=deviation_decay,
+            schedules=schedules,
+            test=test,
+        )
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be >= 0")
         if not 0.0 <= final_lr <= 1.0:
             raise ValueError(f"final_lr={final_lr} must be in [0, 1]")
+        if keep_routes and not test:
+            raise ValueError("keep_routes=True keeps those of the test text, which test=False never looks at")
         self.warmup_steps, self.final_lr = warmup_steps, final_lr
         self.keep_routes = keep_routes
         self.protocol = LanguageProtocol()
@@ -93,10 +104,10 @@ class LanguageModeling(RoutedTask):
     def protocol_callbacks(self) -> list[Callback]:
         # The protocol evaluates the validation rows itself, by the same code as all other rows.
         warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
-        return [self.protocol, RandomState()]
+        return [*self.schedules, self.protocol, RandomState()]
 
     def results(self, data: LightningDataModule) -> dict[str, Any]:
-        """Metrics, history and backend of the finished run, all plain Python; looks at the test data once.
+        """Metrics, history and backend of the finished run, all plain Python; looks at the test data once, or never.
 
         Losses in nats per token. Leaves the model with the weights of the best validation loss. Of several routed
         layers the sizes, leaves and loads are summed or chained, and the leaves in use are told of each, too. What is
@@ -111,7 +122,7 @@ class LanguageModeling(RoutedTask):
         # The Trainer leaves the model on the CPU.
         self.model.to(self.trainer.strategy.root_device)
         if protocol.best_weights:
-            self.model.load_state_dict(protocol.best_weights)
+            self.restore(protocol.best_epoch, protocol.best_weights)
             measured, evaluated = self._measure(data)
         else:
             measured, evaluated = dict.fromkeys(_MEASURED), protocol.training_backend
@@ -130,6 +141,9 @@ class LanguageModeling(RoutedTask):
 
     def _measure(self, data: LightningDataModule) -> tuple[dict[str, Any], str]:
         """By the names in `_MEASURED` and those of each layer's leaves; and the backend of the hard route."""
+        if not self.test:
+            val = evaluate_text(self.model, data.val_dataloader()).routing
+            return dict.fromkeys(_MEASURED), val.backend
         batches = data.test_dataloader()
         test = evaluate_text(self.model, batches)
         soft = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fff.layers.base import ExpertLayer
 from fff.layers.contract import RoutedLayer, aux_loss, routing, update_biases
+from fff.tasks.callbacks import LayerSchedule
 
 
 class RoutedTask(LightningModule, ABC):
@@ -23,6 +24,8 @@ class RoutedTask(LightningModule, ABC):
         is added where the optimiser and the parameters allow it and nothing else was asked for.
     router_lr_factor: times the learning rate, for the parameters that decide where rows go.
     deviation_decay: weight decay, in place of the optimiser's, of what experts have beside their base (`ExpertLayer`).
+    schedules: attribute of the layers -> points of its `LayerSchedule`, a callback of the run.
+    test: whether the test data are looked at when the run is measured; False for a search, which selects without them.
     """
 
     def __init__(
@@ -32,6 +35,8 @@ class RoutedTask(LightningModule, ABC):
         optimizer: Callable[..., Optimizer],
         router_lr_factor: float,
         deviation_decay: float | None,
+        schedules: Mapping[str, Sequence[Sequence[float]]] | None,
+        test: bool,
     ) -> None:
         super().__init__()
         if not router_lr_factor > 0:
@@ -41,6 +46,8 @@ class RoutedTask(LightningModule, ABC):
         self.model = model
         self.make_optimizer = optimizer
         self.router_lr_factor, self.deviation_decay = router_lr_factor, deviation_decay
+        self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
+        self.test = test
         self._loss_sums: dict[str, Tensor | float] = {}
         self._rows = 0
 
@@ -73,6 +80,13 @@ class RoutedTask(LightningModule, ABC):
         losses = {name: float(total) / self._rows for name, total in self._loss_sums.items()}
         self._loss_sums, self._rows = {}, 0
         return losses
+
+    def restore(self, epoch: int, weights: dict[str, Tensor]) -> None:
+        """Give the model the weights that it had after an epoch, counted from 1, and what was scheduled for it: a
+        temperature is no weight, but what was measured then depended on it."""
+        self.model.load_state_dict(weights)
+        for schedule in self.schedules:
+            schedule.apply(self.model, epoch - 1)
 
     def build_optimizer(self) -> Optimizer:
         optimizer = self.make_optimizer(self._optimized(), **self._fused())

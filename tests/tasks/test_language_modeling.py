@@ -91,6 +91,37 @@ def test_an_epoch_that_is_worse_is_not_the_best(data, fit, monkeypatch):
     assert not all(torch.equal(value, last[name]) for name, value in task.protocol.best_weights.items())
 
 
+def test_scheduled_attributes_are_those_of_the_best_epoch_when_measured(data, fit, monkeypatch):
+    losses, measure = iter([1.0, 0.5, 0.8]), language_modeling.evaluate_text
+    seen = []
+
+    def evaluate_text(model, batches):
+        seen.append([layer.temperature for layer in model.modules() if isinstance(layer, fff.FFF)])
+        return measure(model, batches)._replace(loss=next(losses, 0.0))
+
+    monkeypatch.setattr(language_modeling, "evaluate_text", evaluate_text)
+    module = data()
+    task = make_task(module, schedules={"temperature": [[0, 1.0], [2, 3.0]]})
+    fit(task, module, max_epochs=3, limit_train_batches=3)
+    task.results(module)
+    assert seen == [
+        [1.0, 1.0],
+        [2.0, 2.0],
+        [3.0, 3.0],
+        *2 * [[2.0, 2.0]],
+    ]  # the hard and the soft route on the test text
+
+
+def test_without_test_the_test_text_is_never_looked_at(data, fit, monkeypatch):
+    module = data()
+    task = make_task(module, test=False)
+    fit(task, module, max_epochs=2, limit_train_batches=3)
+    monkeypatch.setattr(TextData, "test_dataloader", lambda module: pytest.fail("it was looked at"))
+    metrics = task.results(module)["metrics"]
+    assert metrics["test_loss"] is metrics["bits_per_character"] is metrics["test_accuracy"] is None
+    assert metrics["val_loss"] == min(task.protocol.history["val_loss"]) and metrics["num_leaves"] == 8
+
+
 def test_the_soft_mixture_is_measured_beside_the_hard_route(data, fit):
     for make_ff, soft in ((TREE, True), (DENSE, False)):
         module = data()
@@ -233,7 +264,9 @@ def test_resumed_equals_unbroken(data, fit, tmp_path, cut):
 
     def outcome(**options):
         module = data()
-        task = make_task(module, partial(TREE, drop=0.2), keep_routes=True)
+        task = make_task(
+            module, partial(TREE, drop=0.2), keep_routes=True, schedules={"temperature": [[0, 2.0], [2, 1.0]]}
+        )
         saved = ModelCheckpoint(tmp_path / "checkpoints", "{epoch}-{step}", save_top_k=-1, **when)
         fit(task, module, max_epochs=3, limit_train_batches=6, callbacks=[saved], **options)
         found = task.results(module)
@@ -255,6 +288,7 @@ def test_resumed_equals_unbroken(data, fit, tmp_path, cut):
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"final_lr": 1.5}, "final_lr=1.5"),
         ({"router_lr_factor": 0}, "router_lr_factor=0"),
+        ({"test": False, "keep_routes": True}, "keep_routes=True"),
     ],
 )
 def test_bad_arguments_are_named(data, options, named):
