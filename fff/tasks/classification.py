@@ -26,14 +26,14 @@ from fff.tasks.task import RoutedTask
 class Classification(RoutedTask):
     """Trains `model` on (x, y) batches; with `protocol_callbacks()` in the Trainer, `results` then measures the run.
 
-    optimizer, router_lr_factor, deviation_decay, schedules, test: see `RoutedTask`.
+    optimizer, router_lr_factor, deviation_decay, schedules, test, keep_routes: see `RoutedTask`; keep_routes needs a
+        model with one routed layer.
     lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch.
     plateau: the accuracy that a ReduceLROnPlateau gets (give it `mode="max"`), of the training or the validation rows.
     patience: epochs without a better training or validation accuracy after which training stops.
     stop_loss: mean task loss of an epoch that ends training; None: none does.
     restart_from_best: epochs, counted from 0 as in a schedule, before which the model goes back to the weights of the
         best validation accuracy so far, and the optimiser forgets its averages.
-    keep_routes: whether the record of a run is to have `routes`; for a model with one routed layer.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Classification(RoutedTask):
             deviation_decay=deviation_decay,
             schedules=schedules,
             test=test,
+            keep_routes=keep_routes,
         )
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
@@ -68,8 +69,6 @@ class Classification(RoutedTask):
             raise ValueError(f"plateau={plateau!r} must be 'train' or 'val'")
         if any(epoch < 1 for epoch in restart_from_best):
             raise ValueError(f"restart_from_best={list(restart_from_best)}: before epoch 1 there is no best")
-        if keep_routes and not test:
-            raise ValueError("keep_routes=True keeps those of the test rows, which test=False never looks at")
         num_layers = sum(isinstance(module, RoutedLayer) for module in model.modules())
         if keep_routes and num_layers != 1:
             raise ValueError(f"keep_routes={keep_routes} needs a model with one routed layer, not {num_layers}")
@@ -77,7 +76,6 @@ class Classification(RoutedTask):
         self.make_lr_schedule = lr_schedule
         self.plateau = plateau
         self.label_smoothing = label_smoothing
-        self.keep_routes = keep_routes
         self.protocol = Protocol(patience, stop_loss)
         self.restart_from_best = frozenset(restart_from_best)
         self._lr_schedule: LRScheduler | None = None

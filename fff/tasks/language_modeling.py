@@ -43,11 +43,10 @@ class LanguageModeling(RoutedTask):
     """Trains a model of (B, P) tokens -> (B, P, V) logits; with `protocol_callbacks()` in the Trainer, `results` then
     measures the run.
 
-    optimizer, router_lr_factor, deviation_decay, schedules, test: see `RoutedTask`. The optimiser's weight decay is for
-        matrices and embeddings; biases, also those of experts, and normalisation weights have none, as in GPT.
+    optimizer, router_lr_factor, deviation_decay, schedules, test, keep_routes: see `RoutedTask`. The optimiser's weight
+        decay is for matrices and embeddings; biases, also those of experts, and normalisation weights have none.
     warmup_steps: optimiser steps in which the learning rate rises to its full value; from there it falls, by a cosine
         over the steps that the Trainer has left, to `final_lr` of it.
-    keep_routes: whether the record of a run is to have `routes`.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class LanguageModeling(RoutedTask):
         warmup_steps: int = 100,
         final_lr: float = 0.1,
         router_lr_factor: float = 1.0,
-        schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
         deviation_decay: float | None = None,
+        schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
         test: bool = True,
         keep_routes: bool = False,
     ) -> None:
@@ -70,15 +69,13 @@ class LanguageModeling(RoutedTask):
             deviation_decay=deviation_decay,
             schedules=schedules,
             test=test,
+            keep_routes=keep_routes,
         )
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be >= 0")
         if not 0.0 <= final_lr <= 1.0:
             raise ValueError(f"final_lr={final_lr} must be in [0, 1]")
-        if keep_routes and not test:
-            raise ValueError("keep_routes=True keeps those of the test text, which test=False never looks at")
         self.warmup_steps, self.final_lr = warmup_steps, final_lr
-        self.keep_routes = keep_routes
         self.protocol = LanguageProtocol()
 
     def task_loss(self, x: Tensor, y: Tensor) -> Tensor:

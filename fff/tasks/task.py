@@ -26,6 +26,7 @@ class RoutedTask(LightningModule, ABC):
     deviation_decay: weight decay, in place of the optimiser's, of what experts have beside their base (`ExpertLayer`).
     schedules: attribute of the layers -> points of its `LayerSchedule`, a callback of the run.
     test: whether the test data are looked at when the run is measured; False for a search, which selects without them.
+    keep_routes: whether the record of a run is to have `routes`, which are those of the test data.
     """
 
     def __init__(
@@ -37,17 +38,20 @@ class RoutedTask(LightningModule, ABC):
         deviation_decay: float | None,
         schedules: Mapping[str, Sequence[Sequence[float]]] | None,
         test: bool,
+        keep_routes: bool,
     ) -> None:
         super().__init__()
         if not router_lr_factor > 0:
             raise ValueError(f"router_lr_factor={router_lr_factor!r} must be > 0")
         if deviation_decay is not None and not deviation_decay >= 0:
             raise ValueError(f"deviation_decay={deviation_decay!r} must be >= 0")
+        if keep_routes and not test:
+            raise ValueError("keep_routes=True keeps those of the test data, which test=False never looks at")
         self.model = model
         self.make_optimizer = optimizer
         self.router_lr_factor, self.deviation_decay = router_lr_factor, deviation_decay
         self.schedules = [LayerSchedule(attribute, points) for attribute, points in (schedules or {}).items()]
-        self.test = test
+        self.test, self.keep_routes = test, keep_routes
         self._loss_sums: dict[str, Tensor | float] = {}
         self._rows = 0
 

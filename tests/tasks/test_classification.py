@@ -364,5 +364,5 @@ def test_a_search_never_looks_at_the_test_rows(data, fit):
 
 
 def test_routes_of_rows_that_are_not_looked_at_are_refused():
-    with pytest.raises(ValueError, match="keep_routes=True keeps those of the test rows"):
+    with pytest.raises(ValueError, match="keep_routes=True keeps those of the test data"):
         make_tree(keep_routes=True, test=False)
