@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from fff.report.records import natural
 from fff.report.study import StudyData, refusal
 from fff.report.tables import MISSING, number, percent, spread
 
@@ -67,6 +68,11 @@ def text(runs: pd.DataFrame, name: str) -> pd.Series:
 def size(runs: pd.DataFrame, name: str) -> pd.Series:
     """A column of the configuration that holds sizes, as integers; 0 where there is none."""
     return pd.to_numeric(text(runs, name), errors="coerce").fillna(0).astype(int)
+
+
+def each(runs: pd.DataFrame, name: str) -> str:
+    """All values that the runs have, "1 or 2"."""
+    return " or ".join(sorted(set(text(runs, name)), key=natural))
 
 
 def layer_name(row: dict[str, str]) -> str:

@@ -9,8 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fff.report import figures
 from fff.report.cells import summarize
-from fff.report.paper import Cell, hardware, layer_name, placed, text
-from fff.report.records import natural
+from fff.report.paper import Cell, each, hardware, layer_name, placed
 from fff.report.routes import Arrays, unpack
 from fff.report.study import Report, StudyData
 from fff.report.tables import MISSING, Table, integer, number, of, percent
@@ -43,7 +42,7 @@ def report(data: StudyData) -> Report:
     routes = unpack(f"runs/{data.name}.npz", data.archive) if data.archive else {}
     kept = {model: of_runs for model, cell in found.items() if (of_runs := _routes(runs, cell, routes))}
     note = (
-        f"Of the hard route on the last tenth of the text, in windows of {_each(runs, 'data.context')} characters one"
+        f"Of the hard route on the last tenth of the text, in windows of {each(runs, 'data.context')} characters one"
         " behind the other, with the weights of the best validation loss; mean ± standard deviation over the seeds."
     )
     tables = [
@@ -53,7 +52,7 @@ def report(data: StudyData) -> Report:
             pd.DataFrame([_line(model, cell) for model, cell in found.items()]),
             f"{note} Loss in nats per character. Active: parameters outside of the feedforward layers, and weights of"
             " theirs that one token meets (biases left out). Tokens/s: in training (CPU threads:"
-            f" {_each(runs, 'hardware.threads')}), median of the epochs; rough, as runs may share a machine. Leaves in"
+            f" {each(runs, 'hardware.threads')}), median of the epochs; rough, as runs may share a machine. Leaves in"
             f" use: leaves (experts) that at least one test character reaches, over all blocks. {hardware(runs)}",
         ),
         Table(
@@ -71,11 +70,6 @@ def report(data: StudyData) -> Report:
     missing = [model for model, cell in found.items() if _is_routed(cell) and model not in kept]
     remarks = [f"{data.name}: no run of {model} has kept its routes (task.keep_routes=true)" for model in missing]
     return Report(cells, tables, drawn, remarks)
-
-
-def _each(runs: pd.DataFrame, name: str) -> str:
-    """All values that the runs have, "1 or 2"."""
-    return " or ".join(sorted(set(text(runs, name)), key=natural))
 
 
 def _is_routed(cell: Cell) -> bool:
