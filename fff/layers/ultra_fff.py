@@ -19,7 +19,7 @@ from fff.layers.check import check_choice, check_depth, check_positive
 from fff.layers.contract import Record, RoutedLayer, Size, TreeTrace
 from fff.layers.init import uniform_fan_in_
 from fff.ops.activation import Activation, resolve_activation
-from fff.ops.context import autocast_dtype, exporting, without_autocast
+from fff.ops.context import autocast_dtype, exporting, summed_precisely, without_autocast
 from fff.ops.tree_route import DENSE_LEVELS, Nodes, dense_logits, greedy_leaf, path_logits, path_to
 
 MAX_DEPTH = 15
@@ -104,7 +104,8 @@ class UltraFFF(RoutedLayer):
         elif exporting():  # ONNX knows an embedding bag as a loop over rows only
             y = torch.bmm(hidden.to(self.w_out.dtype).unsqueeze(1), F.embedding(index, self.w_out)).squeeze(1)
         else:
-            y = F.embedding_bag(index, self.w_out, per_sample_weights=hidden.to(self.w_out.dtype), mode="sum")
+            table = summed_precisely(self.w_out)
+            y = F.embedding_bag(index, table, per_sample_weights=hidden.to(table.dtype), mode="sum").to(rows.dtype)
         if not exporting():
             index = (leaf.squeeze(2) + tree.squeeze(2) * 2**self.depth).flatten(1)
             decisions = min(self.depth, levels)

@@ -1,4 +1,4 @@
-"""What surrounds a call: autocast, export, the current device, tf32."""
+"""What surrounds a call: autocast, export, precision, the current device, tf32."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Autocast switched off on x's device: decisions are taken in the precision of their parameters."""
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
+def summed_precisely(table: Tensor) -> Tensor:
+    """`table` for a lookup: in float32 at least where the backward pass will add up a gradient row by row.
+
+    A sum of many rows in bfloat16 stands still as soon as each of them is below half a unit in its last place.
+    """
+    if not (table.requires_grad and torch.is_grad_enabled()):
+        return table
+    return table.to(torch.promote_types(table.dtype, torch.float32))
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

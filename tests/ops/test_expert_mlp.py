@@ -149,6 +149,31 @@ def test_low_precision_is_kept_and_near(backend, dtype, tolerance):
     assert (y.double() - exact).abs().max() < 24 * tolerance * exact.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["reference", *HARD])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_rows_add_up_in_low_precision(backend, dtype):
+    # Row by row in bfloat16 a sum of ones ends at 256.
+    x, index, gate = torch.rand(2000, 4), torch.randint(2, (2000, 1)), torch.rand(2000, 1)
+    weights = [w.detach().float().abs().requires_grad_() for w in parameters(4, 2, 3, 2)]
+
+    def gradients(dtype, backend):
+        given = [t.detach().to(dtype).requires_grad_() for t in (x, gate, *weights)]
+        y = expert_mlp(given[0], index, given[1], *given[2:], backend=backend)
+        return torch.autograd.grad(y.float().sum() / 8, given)
+
+    for actual, expected in zip(gradients(dtype, backend), gradients(torch.float32, "reference"), strict=True):
+        error = (actual.float() - expected).norm() / expected.norm()
+        assert error < 4 * torch.finfo(dtype).eps
+
+
+def test_the_gate_may_be_of_another_type_than_the_rows():
+    x, index, gate = torch.randn(6, 4).bfloat16(), torch.randint(3, (6, 2)), torch.rand(6, 2)
+    weights = [w.detach().bfloat16() for w in parameters(4, 3, 2, 3)]
+    for backend in ["reference", *HARD]:
+        y = expert_mlp(x, index, gate, *weights, backend=backend)
+        assert torch.equal(y, expert_mlp(x, index, gate.bfloat16(), *weights, backend=backend))
+
+
 def test_every_activation_and_any_callable():
     x, index = torch.randn(6, 4), torch.randint(3, (6, 1))
     weights = [w.detach().float() for w in parameters(4, 3, 2, 3)]
@@ -210,13 +235,18 @@ def test_auto_backend():
         ({"glu": True}, "w_in has 2 rows"),
         ({"x": torch.randn(5, 3)}, r"x has shape \(5, 3\)"),
         ({"gate": torch.randn(5, 2)}, r"gate has shape \(5, 2\)"),
+        ({"x": torch.randn(1, 5, 4)}, r"x has shape \(1, 5, 4\)"),
+        ({"x": torch.randn(4)}, r"x has shape \(4,\)"),
+        ({"index": torch.zeros(5, dtype=torch.int64)}, r"index has shape \(5,\)"),
+        ({"index": torch.zeros(3, 1, dtype=torch.int64)}, r"index has shape \(3, 1\)"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, named):
     weights = parameters(4, 3, 2, 3)
+    call = {"x": torch.randn(5, 4), "index": torch.zeros(5, 1, dtype=torch.int64), "gate": None, **kwargs}
     with pytest.raises(ValueError, match=named):
-        x, gate = kwargs.pop("x", torch.randn(5, 4)).double(), kwargs.pop("gate", None)
-        expert_mlp(x, torch.zeros(5, 1, dtype=torch.int64), gate, *weights, **kwargs)
+        x, index, gate = call.pop("x").double(), call.pop("index"), call.pop("gate")
+        expert_mlp(x, index, gate, *weights, **call)
 
 
 def test_a_backend_for_chosen_experts_needs_an_index():

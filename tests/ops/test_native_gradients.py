@@ -86,6 +86,11 @@ def test_far_tails_stay_finite(name):
     assert_same(found, gradients(call, index, grad_y, "reference", activation=name, dtype=torch.float64))
 
 
+def test_an_index_of_32_bits_has_gradients_too():
+    call, index, grad_y = call_of(20, 4, 3, 2, 5, 1), torch.randint(3, (20, 1)), torch.randn(20, 5)
+    assert_same(gradients(call, index.int(), grad_y, "native"), gradients(call, index, grad_y, "native"))
+
+
 @pytest.mark.parametrize("choices", [1, 2])
 def test_left_out_and_repeated_choices(choices):
     call, grad_y = call_of(150, 8, 3, 4, 5, choices), torch.randn(150, 5)

@@ -96,6 +96,14 @@ def test_gathered_nodes_equal_dense_nodes(width, trees):
     torch.testing.assert_close(gathered_logits(x, nodes, node), dense.gather(2, node))
 
 
+def test_gradients_of_a_node_add_up_in_low_precision():
+    # All rows at one node; row by row in bfloat16 a sum of ones ends at 256.
+    weight, bias = torch.randn(1, 15, 6).bfloat16().requires_grad_(), torch.zeros(1, 15).bfloat16().requires_grad_()
+    x, node = torch.ones(2000, 6).bfloat16(), torch.full((2000, 1, 1), 3)
+    gathered_logits(x, Nodes(weight, bias), node).sum().backward()
+    assert weight.grad[0, 3].tolist() == [2000.0] * 6 and bias.grad[0, 3] == 2000
+
+
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("levels", [0, 1, 3, 5])
 def test_route_does_not_depend_on_how_many_levels_are_dense(levels, width):

@@ -176,21 +176,22 @@ def expert_mlp(
     weights, and sums in float32.
     """
     act = resolve_activation(activation)
-    name = choose_backend(backend, x, index, gate, w_in, b_in, w_out, b_out, activation=activation, dropout=dropout)
     hidden_rows = w_out.shape[1] * (2 if glu else 1)
     if w_in.shape[1] != hidden_rows:
         raise ValueError(f"w_in has {w_in.shape[1]} rows per expert, but w_out and glu={glu} need {hidden_rows}")
     if x.dim() != 2 or x.shape[1] != w_in.shape[2]:
         raise ValueError(f"x has shape {tuple(x.shape)}, but w_in {tuple(w_in.shape)} needs (T, {w_in.shape[2]})")
+    if index is not None and (index.dim() != 2 or index.shape[0] != x.shape[0]):
+        raise ValueError(f"index has shape {tuple(index.shape)}, but x {tuple(x.shape)} needs ({x.shape[0]}, K)")
     if gate is not None and gate.shape != (x.shape[0], w_in.shape[0] if index is None else index.shape[1]):
         raise ValueError(f"gate has shape {tuple(gate.shape)}, which does not weigh the choices of {x.shape[0]} rows")
+    name = choose_backend(backend, x, index, gate, w_in, b_in, w_out, b_out, activation=activation, dropout=dropout)
     if name == "native":
         return cpu.native(x, index, gate, w_in, b_in, w_out, b_out, act, glu, dropout)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, gate, w_in, b_in, w_out, b_out = (
-            None if t is None else t.to(dtype) for t in (x, gate, w_in, b_in, w_out, b_out)
-        )
+        x, w_in, b_in, w_out, b_out = (None if t is None else t.to(dtype) for t in (x, w_in, b_in, w_out, b_out))
+    gate = None if gate is None else gate.to(x.dtype)
     with without_autocast(x):
         if name == "triton":
             return _triton(x, index, gate, w_in, b_in, w_out, b_out, act, glu, dropout, recompute=recompute)

@@ -852,7 +852,7 @@ std::vector<Tensor> expert_mlp_backward(
     c10::string_view activation, bool glu, const c10::List<bool>& need) {
   TORCH_CHECK_TYPE(w_in.scalar_type() == at::kFloat, "weights have dtype ", w_in.scalar_type(), ", not float32");
   TORCH_CHECK_VALUE(need.size() == 6, "need has ", need.size(), " entries, not 6");
-  Tensor rows = x.contiguous(), chosen = index.contiguous(), grad = grad_y.contiguous();
+  Tensor rows = x.contiguous(), chosen = index.to(at::kLong).contiguous(), grad = grad_y.contiguous();
   Weights w(w_in, b_in, w_out, b_out);
   auto experts = experts_of<float>(rows, w, activation, glu);
   const int64_t T = x.size(0), K = index.dim() == 2 ? index.size(1) : 0;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fff.ops.context import summed_precisely
 from fff.ops.expert_mlp.hidden import hidden_units
 
 
@@ -35,8 +36,8 @@ def dense(
         gate = x.new_ones(index.shape) if gate is None else gate
         left_out = index < 0
         if b_out is not None:
-            chosen_bias = b_out[index.clamp(min=0)] * gate.unsqueeze(-1)
-            bias = chosen_bias.masked_fill(left_out.unsqueeze(-1), 0.0).sum(1)
+            chosen_bias = summed_precisely(b_out)[index.clamp(min=0)] * gate.unsqueeze(-1)
+            bias = chosen_bias.masked_fill(left_out.unsqueeze(-1), 0.0).sum(1).to(x.dtype)
         # One column more takes up the choices that are left out (-1).
         column = torch.where(left_out, num_experts, index)
         wide = x.new_zeros(x.shape[0], num_experts + 1)

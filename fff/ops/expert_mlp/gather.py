@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fff.ops.context import summed_precisely
 from fff.ops.expert_mlp.hidden import hidden_units
 
 
@@ -26,12 +27,16 @@ def gather(
     rows, choices = index.shape
     left_out = index.flatten() < 0
     e = index.flatten().clamp(min=0)
-    pre = torch.bmm(w_in[e], x.repeat_interleave(choices, 0).unsqueeze(-1)).squeeze(-1)
+
+    def at(table: Tensor) -> Tensor:
+        return summed_precisely(table)[e].to(x.dtype)
+
+    pre = torch.bmm(at(w_in), x.repeat_interleave(choices, 0).unsqueeze(-1)).squeeze(-1)
     if b_in is not None:
-        pre = pre + b_in[e]
-    out = torch.bmm(hidden_units(pre, act, glu, dropout).unsqueeze(1), w_out[e]).squeeze(1)
+        pre = pre + at(b_in)
+    out = torch.bmm(hidden_units(pre, act, glu, dropout).unsqueeze(1), at(w_out)).squeeze(1)
     if b_out is not None:
-        out = out + b_out[e]
+        out = out + at(b_out)
     if gate is not None:
         out = out * gate.reshape(-1, 1)
     out = out.masked_fill(left_out.unsqueeze(-1), 0.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fff.ops.activation import Activation, resolve_activation
-from fff.ops.context import HAS_TRITON
+from fff.ops.context import HAS_TRITON, summed_precisely
 from fff.ops.largest import largest
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def _flat(node: Tensor, num_nodes: int) -> Tensor:
 def gathered_logits(x: Float[Tensor, "T D"], nodes: Nodes, node: Int[Tensor, "T P ..."]) -> Float[Tensor, "T P ..."]:
     """Logits of single nodes, `node` counting within each tree.
 
-    Sums are in float32 at least, as those of a matmul are: in bfloat16 they would often decide otherwise than
-    `dense_logits`.
+    Sums, those of the gradients too, are in float32 at least, as those of a matmul are: in bfloat16 they would often
+    decide otherwise than `dense_logits`.
     """
     flat = _flat(node, nodes.weight.shape[1])
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -83,7 +83,7 @@ def gathered_logits(x: Float[Tensor, "T D"], nodes: Nodes, node: Int[Tensor, "T 
 
     def at(parameter: Tensor) -> Tensor:
         # F.embedding, because its backward adds up rows where that of indexing sorts and serialises.
-        table = parameter.flatten(0, 1)
+        table = summed_precisely(parameter.flatten(0, 1))
         return F.embedding(flat, table.flatten(1)).view(*flat.shape, *table.shape[1:]).to(wide)
 
     if nodes.out_weight is None:
