@@ -49,6 +49,8 @@ def to_fastfeedforward(layer: FFF) -> dict[str, Tensor]:
     Its training computes what the layer's soft mixture does at temperature 1, its evaluation leaves out the output bias
     (and fails at depth 0). ValueError for layers that upstream has no form of, those of mode "gated" too.
     """
+    if not isinstance(layer, FFF):
+        raise ValueError(f"layer is a {type(layer).__name__}, and upstream has none but trees")
     check_upstream_form(layer)
     if layer.mode == "gated":
         raise ValueError("mode='gated' weighs the leaf by its probability, which upstream's evaluation does not")

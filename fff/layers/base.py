@@ -24,15 +24,15 @@ class ExpertLayer(RoutedLayer, ABC):
     """
 
     def _add_base(self, groups: int) -> None:
-        """Make the base of each of `groups` groups of experts, uninitialised."""
+        """Make the base of each of `groups` groups of experts, uninitialised; of 0 groups there is none."""
         for name in _EXPERT:
-            own = getattr(self, name)
+            own = getattr(self, name) if groups else None
             base = None if own is None else nn.Parameter(own.new_empty(groups, *own.shape[1:]))
             self.register_parameter(f"base_{name}", base)
 
     @property
     def has_base(self) -> bool:
-        return self._parameters.get("base_w_in") is not None
+        return self._tensors("base_w_in")[0] is not None
 
     def _begin(self) -> list[Tensor | None]:
         """What is to be initialised as the experts are, by the names of `_EXPERT`: the base where there is one, whose

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 from inspect import Parameter, signature
 from typing import Any, NamedTuple, Self
 
@@ -209,7 +210,9 @@ def aux_loss(model: nn.Module) -> Tensor:
     """
     losses = [record.aux_loss for _, record in routing(model)]
     if losses:
-        return torch.stack([loss.to(losses[0]) for loss in losses]).sum()
+        # In float32 at least: a layer without losses has a zero of its input's type.
+        wide = reduce(torch.promote_types, (loss.dtype for loss in losses), torch.float32)
+        return torch.stack([loss.to(losses[0].device, wide) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=None if parameter is None else parameter.device)
 

@@ -184,8 +184,7 @@ class FFF(ExpertLayer):
         self.node_bias = nn.Parameter(torch.empty(nodes, *wide)) if bias else None
         self.node_out_weight = nn.Parameter(torch.empty(nodes, node_width)) if wide else None
         self.node_out_bias = nn.Parameter(torch.empty(nodes)) if wide and bias else None
-        if base:
-            self._add_base(num_trees)
+        self._add_base(num_trees if base else 0)
         if master_width:
             rows = master_width * (2 if glu else 1)
             self.master_w_in = nn.Parameter(torch.empty(1, rows, in_features))

@@ -38,13 +38,15 @@ class MoE(ExpertLayer):
 
     in_features, expert_width, out_features: D, L and O; out_features defaults to in_features.
     num_experts, top_k: E and K. "switch" takes K = 1 and "soft" K = E, for both None will do.
-    router: "noisy_top_k" (Shazeer et al. 2017; K = 1 gives the router no gradient from the task), "switch", "mixtral",
-        "soft", "sigmoid" (DeepSeek-V3), or "expert_choice", where each expert takes its ceil(K T / E) best rows of the
-        batch: outputs depend on the other rows, in evaluation as well.
+    router: "noisy_top_k" (Shazeer et al. 2017), "switch", "mixtral", "soft", "sigmoid" (DeepSeek-V3), or
+        "expert_choice", where each expert takes its ceil(K T / E) best rows of the batch: outputs depend on the other
+        rows, in evaluation as well. With K = 1 the gates of "noisy_top_k", "mixtral" and "sigmoid" are 1, so that
+        their router has no gradient from the task; "switch" is made for it.
     capacity_factor: at most ceil(factor K T / E) rows per expert in training, choices beyond are dropped; evaluation
         drops none. For "expert_choice" it scales the rows that each expert takes, also in evaluation. None is dropless.
     importance_weight: times the squared variation of summed gates.  load_weight: times that of the smooth load
-        ("noisy_top_k" only).  balance_weight: times the Switch loss.  z_weight: times the router z-loss.
+        ("noisy_top_k" only).  balance_weight: times the Switch loss (not for "soft" and "expert_choice", which are
+        even by themselves).  z_weight: times the router z-loss.
     bias_update_rate: > 0 balances by decision biases without a loss ("sigmoid" only); call `fff.update_biases(model)`
         after each step. The biases need more than bfloat16 has: train in bfloat16 by autocast.
     jitter: half-width of the uniform noise around 1 that multiplies the router's input in training (Switch: 1e-2).
@@ -87,13 +89,8 @@ class MoE(ExpertLayer):
         check_positive(
             in_features=in_features, expert_width=expert_width, out_features=out_features, num_experts=num_experts
         )
-        only = {"switch": 1, "soft": num_experts}.get(router)
-        top_k = only if top_k is None and only is not None else top_k
+        top_k = {"switch": 1, "soft": num_experts}.get(router) if top_k is None else top_k
         check_positive(top_k=top_k)
-        if only is not None and top_k != only:
-            raise ValueError(f"top_k={top_k}, but router={router!r} with num_experts={num_experts} takes {only}")
-        if top_k > num_experts:
-            raise ValueError(f"top_k={top_k} exceeds num_experts={num_experts}")
         check_non_negative(
             importance_weight=importance_weight,
             load_weight=load_weight,
@@ -107,15 +104,13 @@ class MoE(ExpertLayer):
             check_above_zero(capacity_factor=capacity_factor)
         if capacity_factor is not None and router == "soft":
             raise ValueError(f"capacity_factor={capacity_factor!r}, but router='soft' drops nothing")
-        if bias_update_rate and router != "sigmoid":
-            raise ValueError(f"bias_update_rate={bias_update_rate!r} needs router='sigmoid', not {router!r}")
         check_choice("backend", backend, ("auto", "reference", "dense", *(() if router == "soft" else HARD_BACKENDS)))
         self.in_features, self.expert_width, self.out_features = in_features, expert_width, out_features
         self.num_experts, self.top_k, self.router, self.capacity_factor = num_experts, top_k, router, capacity_factor
         self.importance_weight, self.load_weight = importance_weight, load_weight
-        self._check_load_weight()
         self.balance_weight, self.z_weight = balance_weight, z_weight
         self.bias_update_rate, self.jitter, self.shared_width = bias_update_rate, jitter, shared_width
+        self._check_settings()
         self.act, self.glu, self.drop, self.backend = resolve_activation(act_layer, "act_layer"), glu, drop, backend
 
         self.gate_weight = nn.Parameter(torch.empty(num_experts, in_features))
@@ -126,8 +121,7 @@ class MoE(ExpertLayer):
         self.b_in = nn.Parameter(torch.empty(num_experts, rows)) if bias else None
         self.w_out = nn.Parameter(torch.empty(num_experts, expert_width, out_features))
         self.b_out = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
-        if base:
-            self._add_base(1)
+        self._add_base(int(base))
         if shared_width:
             rows = shared_width * (2 if glu else 1)
             self.shared_w_in = nn.Parameter(torch.empty(1, rows, in_features))
@@ -137,11 +131,20 @@ class MoE(ExpertLayer):
         self.register_buffer("decision_bias", torch.zeros(num_experts) if router == "sigmoid" else None)
         self.reset_parameters()
 
-    def _check_load_weight(self) -> None:
-        if self.load_weight and self.router != "noisy_top_k":
-            raise ValueError(
-                f"load_weight={self.load_weight!r} needs the noise of router='noisy_top_k', not {self.router!r}"
-            )
+    def _check_settings(self) -> None:
+        """Those that may be changed between steps and that the router must have a use for."""
+        router, num_experts, top_k = self.router, self.num_experts, self.top_k
+        only = {"switch": 1, "soft": num_experts}.get(router, top_k)
+        if top_k != only:
+            raise ValueError(f"top_k={top_k}, but router={router!r} with num_experts={num_experts} takes {only}")
+        if top_k > num_experts:
+            raise ValueError(f"top_k={top_k} exceeds num_experts={num_experts}")
+        if self.load_weight and router != "noisy_top_k":
+            raise ValueError(f"load_weight={self.load_weight!r} needs the noise of router='noisy_top_k', not {router!r}")
+        if self.balance_weight and router in ("soft", "expert_choice"):
+            raise ValueError(f"balance_weight={self.balance_weight!r}, but router={router!r} loads all experts alike")
+        if self.bias_update_rate and router != "sigmoid":
+            raise ValueError(f"bias_update_rate={self.bias_update_rate!r} needs router='sigmoid', not {router!r}")
 
     def reset_parameters(self) -> None:
         """Experts uniform in +-1/sqrt(fan in), as `nn.Linear`. A router with noise starts at 0 (Shazeer et al. 2017,
@@ -166,9 +169,13 @@ class MoE(ExpertLayer):
 
     @property
     def size(self) -> Size:
-        """The router evaluates all E scores for every row; its noise, trained with it, is not counted."""
+        """The router evaluates all E scores for every row; its noise, trained with it, is not counted. With
+        "expert_choice" a row has K experts, times the capacity factor, in the mean of a batch."""
+        chosen = self.top_k
+        if self.router == "expert_choice" and self.capacity_factor is not None:
+            chosen = min(self.capacity_factor * chosen, self.num_experts)
         training_width = self.num_experts * self.expert_width + self.shared_width
-        inference_width = self.top_k * self.expert_width + self.shared_width
+        inference_width = math.ceil(chosen * self.expert_width) + self.shared_width
         unit_flops = 2 * (self.in_features * (2 if self.glu else 1) + self.out_features)
         return Size(
             training_width,
@@ -179,6 +186,7 @@ class MoE(ExpertLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_settings()
         rows = self.rows(x)
         soft = self.router == "soft"
         route = chosen = self._route(rows)
@@ -204,18 +212,18 @@ class MoE(ExpertLayer):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _capacity(self, rows: Tensor, factor: float) -> int:
-        return math.ceil(factor * self.top_k * rows.shape[0] / self.num_experts)
+        # Rounded, lest 1.1 * 100 / 11 be 11.
+        return math.ceil(round(factor * self.top_k * rows.shape[0] / self.num_experts, 6))
 
     def _route(self, rows: Tensor) -> TopKRoute:
-        routed = rows
+        routed = _at_least_float32(rows)
         if self.training and self.jitter:
-            routed = rows * torch.empty_like(rows).uniform_(1 - self.jitter, 1 + self.jitter)
+            routed = routed * torch.empty_like(routed).uniform_(1 - self.jitter, 1 + self.jitter)
         with without_autocast(routed):
-            logits = F.linear(_at_least_float32(routed), _at_least_float32(self.gate_weight))
+            logits = F.linear(routed, _at_least_float32(self.gate_weight))
+            noise = None
             if self.training and self.noise_weight is not None:
-                noise = F.linear(_at_least_float32(routed), _at_least_float32(self.noise_weight))
-            else:
-                noise = None
+                noise = F.linear(routed, _at_least_float32(self.noise_weight))
         if self.router == "noisy_top_k":
             return top_k_route.noisy_top_k(logits, self.top_k, noise, with_load=self.load_weight != 0)
         if self.router == "mixtral":
@@ -231,7 +239,6 @@ class MoE(ExpertLayer):
         if self.importance_weight:
             losses["importance"] = balance.importance(route.full_gate)
         if self.load_weight:
-            self._check_load_weight()
             losses["load"] = balance.cv_squared(route.load)
         if self.balance_weight:
             losses["balance"] = balance.switch(route.probability, route.index)

@@ -38,6 +38,8 @@ class PatchMoE(RoutedLayer):
     Departure from the authors' code: no noise in evaluation; they never leave training mode.
     """
 
+    router_names = ("gate_weight",)
+
     def __init__(
         self,
         in_features: int,

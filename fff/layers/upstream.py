@@ -34,8 +34,9 @@ def to_upstream_layout(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_upstream_form(layer: RoutedLayer) -> None:
-    """ValueError for an `fff.FFF` whose parameters upstream has no form of: parallel trees, several leaves for a row,
-    a master leaf, a base, node networks, gated units, decision biases, no biases."""
-    plain = layer.num_trees == layer.top_k == layer.node_width == 1 and not layer.master_width and not layer.glu
+    """ValueError for an `fff.FFF` whose function upstream has no form of: parallel trees, several leaves for a row or
+    several paths to it, a master leaf, a base, node networks, gated units, additive gates, decision biases, no biases."""
+    ones = layer.num_trees == layer.top_k == layer.beam_width == layer.node_width == 1
+    plain = ones and not layer.master_width and not layer.glu and layer.soft_gate == "sigmoid"
     if not plain or layer.has_base or layer.decision_bias is not None or layer.b_in is None:
         raise ValueError(f"layer={layer} has no upstream form")

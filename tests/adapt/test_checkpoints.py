@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fff import FFF, UltraFFF
+from fff import FFF, MoE, UltraFFF
 from fff.adapt import from_fastfeedforward, from_ultrafastbert, to_fastfeedforward, to_ultrafastbert
 
 
@@ -56,11 +56,17 @@ def test_copies_share_no_memory():
 @pytest.mark.parametrize(
     "options",
     [{"num_trees": 2}, {"bias": False}, {"glu": True}, {"master_width": 4}, {"base": True}, {"node_width": 2},
-     {"mode": "gated"}, {"mode": "gated", "bias_update_rate": 0.1}],
+     {"mode": "gated"}, {"mode": "gated", "bias_update_rate": 0.1}, {"soft_gate": "additive"},
+     {"mode": "straight_through", "beam_width": 4}],
 )  # fmt: skip
 def test_layers_beyond_upstream_are_refused(options):
     with pytest.raises(ValueError, match="upstream"):
         to_fastfeedforward(FFF(6, 3, depth=2, **options))
+
+
+def test_a_layer_that_is_no_tree_is_refused():
+    with pytest.raises(ValueError, match="layer is a MoE"):
+        to_fastfeedforward(MoE(6, 3, num_experts=4))
 
 
 class Ultra(nn.Module):

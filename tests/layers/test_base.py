@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 
 import fff
 
@@ -85,6 +87,20 @@ def test_merging_keeps_the_function_and_drops_the_base(layer):
     assert torch.equal(layer(x), before)
     assert sum(p.numel() for p in layer.parameters()) == count - bases
     assert not layer.has_base and not layer.deviations() and not any("base" in key for key in layer.state_dict())
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_base_that_is_no_parameter_of_the_layer_itself_counts(layer, pruned):
+    # Pruned, parametrised, and replicated ones (DataParallel) are not among its own parameters.
+    stir(layer)
+    x = torch.randn(9, 6, dtype=torch.float64)
+    expected = layer(x)
+    if pruned:
+        prune.identity(layer, "base_w_in")
+    else:
+        register_parametrization(layer, "base_w_in", torch.nn.Identity())
+    assert "base_w_in" not in layer._parameters
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_without_a_base_nothing_is_different():

@@ -102,6 +102,16 @@ def test_aux_loss_and_routing_see_each_layer_once(make):
     torch.testing.assert_close(fff.aux_loss(model), expected)
 
 
+def test_auxiliary_losses_are_summed_in_full_precision():
+    # A layer without losses, whose input is in half precision, comes first.
+    dense, mixture = fff.FeedForward(6, 4), fff.MoE(6, 4, num_experts=3, router="mixtral", balance_weight=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixture(dense(torch.randn(50, 6).bfloat16()))
+    total = fff.aux_loss(torch.nn.Sequential(dense, mixture))
+    assert dense.record.aux_loss.dtype == torch.bfloat16 and total.dtype == torch.float32
+    assert total == mixture.record.aux_loss
+
+
 def test_no_grad_and_gradient_accumulation(make):
     layer = make()
     with torch.no_grad():

@@ -17,7 +17,6 @@ from fff.ops import balance
 
 TOP_K = {"noisy_top_k": 2, "switch": 1, "mixtral": 2, "soft": None, "sigmoid": 2, "expert_choice": 2}
 ROUTERS = pytest.mark.parametrize("router", TOP_K)
-ALL_LOSSES = {"importance_weight": 0.1, "balance_weight": 0.2, "z_weight": 0.3}
 
 
 def moe(router: str, **keywords) -> MoE:
@@ -28,8 +27,9 @@ def moe(router: str, **keywords) -> MoE:
 
 
 def with_all_losses(router: str, **keywords) -> MoE:
-    load = {"load_weight": 0.4} if router == "noisy_top_k" else {}
-    return moe(router, **ALL_LOSSES, **load, **keywords)
+    own = {"load_weight": 0.4} if router == "noisy_top_k" else {}
+    own |= {"balance_weight": 0.2} if router not in ("soft", "expert_choice") else {}
+    return moe(router, importance_weight=0.1, z_weight=0.3, **own, **keywords)
 
 
 @ROUTERS
@@ -158,6 +158,15 @@ def test_jitter_reaches_the_router_and_not_the_experts():
     torch.nn.init.zeros_(layer.gate_weight)
     x = torch.randn(5, 6)
     torch.testing.assert_close(layer(x), layer.eval()(x))
+
+
+def test_jitter_is_even_around_one_in_low_precision():
+    layer = MoE(6, 4, num_experts=5, router="mixtral", jitter=0.01, z_weight=1.0).bfloat16()
+    torch.nn.init.constant_(layer.gate_weight, 1 / 8)
+    layer(torch.ones(2000, 6).bfloat16())
+    # Of log(5 exp(6 / 8)) squared; the noise of a logit has a standard deviation of 1 / 8 * 0.01 * sqrt(6 / 3).
+    expected = (math.log(5) + 0.75) ** 2
+    assert layer.record.losses["z"].item() == pytest.approx(expected, rel=2 * 4 * 0.0018 / 2.36 / math.sqrt(2000))
 
 
 @pytest.mark.parametrize("router", [router for router in TOP_K if router != "expert_choice"])
@@ -293,6 +302,15 @@ def test_expert_choice_takes_its_share():
     layer, x = moe("expert_choice", capacity_factor=1.5), torch.randn(10, 6)
     layer(x)
     assert layer.record.load.tolist() == [6] * 5  # 1.5 * 2 * 10 / 5
+    # So a row has 3 of them in the mean.
+    assert layer.size.inference_width == 3 * 4 and layer.size.flops_per_row == 2 * 6 * 5 + 2 * (6 + 3) * 12
+
+
+def test_a_capacity_is_not_rounded_up_twice():
+    layer = MoE(6, 4, num_experts=11, top_k=1, router="mixtral", capacity_factor=1.1)
+    torch.nn.init.zeros_(layer.gate_weight)  # all rows to one expert
+    layer(torch.randn(100, 6))
+    assert layer.record.load.max() == 10  # in floating point 1.1 * 100 / 11 is more than 10
 
 
 def test_top_k_may_change_between_calls():
@@ -424,6 +442,8 @@ def test_copies_after_a_forward(router):
         ({"importance_weight": -0.1}, "importance_weight=-0.1"),
         ({"load_weight": 0.1, "router": "mixtral"}, "load_weight=0.1"),
         ({"bias_update_rate": 0.1}, "bias_update_rate=0.1"),
+        ({"balance_weight": 0.1, "router": "soft", "top_k": 5}, "balance_weight=0.1, but router='soft'"),
+        ({"balance_weight": 0.1, "router": "expert_choice"}, "balance_weight=0.1, but router='expert_choice'"),
         ({"jitter": 1.5}, "jitter=1.5"),
         ({"drop": -0.1}, "drop=-0.1"),
         ({"shared_width": -1}, "shared_width=-1"),
@@ -444,7 +464,13 @@ def test_bad_input():
     layer.load_weight = 0.1
     with pytest.raises(ValueError, match="load_weight=0.1 needs the noise"):
         layer(torch.randn(2, 6))
-    layer.load_weight = 0.0
+    layer.load_weight, layer.bias_update_rate = 0.0, 0.1
+    with pytest.raises(ValueError, match="bias_update_rate=0.1 needs router='sigmoid'"):
+        layer(torch.randn(2, 6))
+    layer.bias_update_rate, layer.top_k = 0.0, 6
+    with pytest.raises(ValueError, match="top_k=6 exceeds num_experts=5"):
+        layer(torch.randn(2, 6))
+    layer.top_k = 2
     with pytest.raises(ValueError, match="in_features=6"):
         layer(torch.randn(2, 5))
     with pytest.raises(ValueError, match="int64"):

@@ -55,11 +55,12 @@ def test_order_of_the_patches_does_not_matter(layer):
 def test_the_router_learns_from_the_task(layer):
     layer.train()(torch.randn(20, 12, dtype=torch.float64))[:, 0].sum().backward()
     assert layer.gate_weight.grad.abs().sum() > 0
+    assert layer.router_parameters() == [layer.gate_weight]
 
 
 def test_one_expert_is_a_network_without_router(layer):
     single = fff.PatchMoE(12, 2, num_experts=1, channels=5, num_patches=4, act_layer=layer.act_layer).double()
-    assert single.gate_weight is None
+    assert single.gate_weight is None and single.router_parameters() == []
     x = torch.randn(3, 12, dtype=torch.float64)
     torch.testing.assert_close(single(x)[1], network(single, 0, x[1]))
     assert single.size == (10, 10, 10, 10, 2 * 10 * 12)
