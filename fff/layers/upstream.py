@@ -35,7 +35,7 @@ def to_upstream_layout(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def check_upstream_form(layer: RoutedLayer) -> None:
     """ValueError for an `fff.FFF` whose function upstream has no form of: parallel trees, several leaves for a row or
-    several paths to it, a master leaf, a base, node networks, gated units, additive gates, decision biases, no biases."""
+    several paths to it, a master leaf, a base, node networks, gated units, additive gates, decision biases, no bias."""
     ones = layer.num_trees == layer.top_k == layer.beam_width == layer.node_width == 1
     plain = ones and not layer.master_width and not layer.glu and layer.soft_gate == "sigmoid"
     if not plain or layer.has_base or layer.decision_bias is not None or layer.b_in is None:
