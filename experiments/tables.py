@@ -45,12 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
             # The page of the project tells how fast, beside the committed results alone.
             if study == "bench" and options.results_dir == RESULTS and FRONT_PAGE.exists():
                 update_block(FRONT_PAGE, headline(published.markdown))
-        except ValueError as error:
+        except KeyError as error:  # of pandas
+            print(f"error: {study}: its records lack what its tables show: {error}", file=sys.stderr)
+            failed = True
+        except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
     try:
         update_readme(options.results_dir)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         failed = True
     return int(failed)

@@ -140,7 +140,9 @@ class MoE(ExpertLayer):
         if top_k > num_experts:
             raise ValueError(f"top_k={top_k} exceeds num_experts={num_experts}")
         if self.load_weight and router != "noisy_top_k":
-            raise ValueError(f"load_weight={self.load_weight!r} needs the noise of 'noisy_top_k', not router={router!r}")
+            raise ValueError(
+                f"load_weight={self.load_weight!r} needs the noise of 'noisy_top_k', not router={router!r}"
+            )
         if self.balance_weight and router in ("soft", "expert_choice"):
             raise ValueError(f"balance_weight={self.balance_weight!r}, but router={router!r} loads all experts alike")
         if self.bias_update_rate and router != "sigmoid":

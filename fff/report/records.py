@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from fff.report.routes import Arrays, pack, read_arrays, unpack
 SCHEMA = 1
 HISTORY = ("train_loss", "train_accuracy", "val_accuracy", "node_entropy", "leaves_used")
 HISTORY_BYTES = 500_000
+# What a table of runs, and one of their epochs, cannot be without.
+RUN_COLUMNS = ("run_id", "cell", "seed", "wall_time_s")
+HISTORY_COLUMNS = ("cell", "epoch", "runs")
 
 _FIRST = ("study", "recipe", "run_id", "cell", "seed", "config_hash")
 _METRICS = (
@@ -250,18 +253,20 @@ def csv_text(rows: list[Row], names: Iterable[str]) -> str:
     return text.getvalue()
 
 
-def read_csv(path: Path) -> list[Row]:
-    """Rows of a CSV file, empty where there is none; ValueError naming the path where it is damaged."""
+def read_csv(path: Path, needs: Sequence[str] = ()) -> list[Row]:
+    """Rows of a CSV file, empty where there is none; ValueError naming the path where it is damaged, or lacks a column
+    that it `needs`."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
+        header = reader.fieldnames or []
         rows = list(reader)
+    if lacking := [name for name in needs if name not in header]:
+        raise ValueError(f"{path}: its header lacks {', '.join(lacking)}")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
-            raise ValueError(
-                f"{path}: row {number} does not have the {len(reader.fieldnames or [])} values of its header"
-            )
+            raise ValueError(f"{path}: row {number} does not have the {len(header)} values of its header")
     return rows
 
 
@@ -289,8 +294,8 @@ def update(study: str, runs_dir: Path, results_dir: Path) -> Update:
         return Update({}, found.problems)
     path = results_dir / "runs" / f"{study}.csv"
     history = path.with_suffix(".history.csv")
-    rows = merge(read_csv(path), found.rows)
-    means = merge_history(read_csv(history), found.histories)
+    rows = merge(read_csv(path, RUN_COLUMNS), found.rows)
+    means = merge_history(read_csv(history, HISTORY_COLUMNS), found.histories)
     files: dict[Path, str | bytes] = {
         path: csv_text(rows, columns(rows)),
         history: _history_text(means),

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from fff.report import figures, tables
 from fff.report.cells import label, read_runs, summarize
-from fff.report.records import HISTORY, config_columns, write
+from fff.report.records import HISTORY, HISTORY_COLUMNS, RUN_COLUMNS, config_columns, read_csv, write
 from fff.report.tables import Table
 
 # What the page of the results opens with: the first table of these studies, and figures.
@@ -63,14 +63,20 @@ def studies(runs_dir: Path, results_dir: Path) -> list[str]:
 
 
 def load(name: str, results_dir: Path, files: Mapping[Path, str | bytes] | None = None) -> StudyData:
-    """files: by path, what is to be read instead of what lies there (`records.update`)."""
+    """files: by path, what is to be read instead of what lies there (`records.update`).
+
+    ValueError naming a file that is damaged.
+    """
     files = files or {}
 
-    def source(path: Path) -> Path | io.StringIO | None:
-        return io.StringIO(files[path]) if path in files else path if path.exists() else None
+    def source(path: Path, needs: Sequence[str]) -> Path | io.StringIO | None:
+        if path in files:
+            return io.StringIO(files[path])
+        read_csv(path, needs)  # pandas would make something of a damaged file as well
+        return path if path.exists() else None
 
-    runs = source(results_dir / "runs" / f"{name}.csv")
-    history = source(results_dir / "runs" / f"{name}.history.csv")
+    runs = source(results_dir / "runs" / f"{name}.csv", RUN_COLUMNS)
+    history = source(results_dir / "runs" / f"{name}.history.csv", HISTORY_COLUMNS)
     archive = results_dir / "runs" / f"{name}.npz"
     return StudyData(
         name,

@@ -343,6 +343,26 @@ def test_command_reports_and_goes_on(write_run, runs_dir, results_dir, capsys):
     assert studies(runs_dir, results_dir) == ["a"]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.history.csv"])
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: "<<<<<<< HEAD\n" + text, lambda text: ""])
+def test_committed_records_that_are_damaged_are_named(write_run, update, results_dir, capsys, name, damage):
+    write_run("a")
+    update("a")
+    path = results_dir / "runs" / name
+    path.write_text(damage(path.read_text()))
+    assert main(["a", "--runs-dir", "nowhere", "--results-dir", str(results_dir)]) == 1
+    assert f"error: {path}" in capsys.readouterr().err
+    assert not (results_dir / "tables").exists()
+
+
+def test_a_study_that_lacks_what_its_tables_show_does_not_stop_others(write_run, runs_dir, results_dir, capsys):
+    write_run("clusters")
+    write_run("z", depth=1)
+    assert main(["--runs-dir", str(runs_dir), "--results-dir", str(results_dir)]) == 1
+    assert "error: clusters: " in capsys.readouterr().err
+    assert (results_dir / "tables" / "z.md").exists()
+
+
 def test_command_without_records_says_so(tmp_path, capsys):
     assert main(["--runs-dir", str(tmp_path / "a"), "--results-dir", str(tmp_path / "b")]) == 1
     assert "no records" in capsys.readouterr().err
