@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ class LayerSchedule(Callback):
 
     points: (epoch, value) pairs with rising epochs, counted from 0; linear in between, constant outside.
         A ramp is [[0, 0.0], [20, 3.0]], a late start [[10, 0.0], [30, 3.0]], annealing [[0, 0.1], [50, 0.0]].
-    Raises ValueError when training starts and no layer has the attribute.
+    Raises ValueError when training starts and no layer has the attribute, or a layer's constructor refuses a value.
     """
 
     def __init__(self, attribute: str, points: Sequence[Sequence[float]]) -> None:
@@ -41,11 +42,23 @@ class LayerSchedule(Callback):
         for layer in layers:
             setattr(layer, self.attribute, self.value(epoch))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run resumed in the middle of an epoch does not start that epoch again.
+        self.apply(pl_module, trainer.current_epoch)
+        self._check(pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.apply(pl_module, trainer.current_epoch)
 
-    # A run resumed in the middle of an epoch does not start that epoch again.
-    on_train_start = on_train_epoch_start
+    def _check(self, model: nn.Module) -> None:
+        """Values between two that a layer takes are taken too. Draws no numbers."""
+        layers = [m for m in model.modules() if isinstance(m, RoutedLayer) and self.attribute in m.arguments()]
+        for layer, value in itertools.product(layers, dict.fromkeys(self.values)):
+            try:
+                with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                    type(layer)(**layer.arguments() | {self.attribute: value})
+            except ValueError as error:
+                raise ValueError(f"schedule of {self.attribute!r}: {error}") from None
 
 
 class RandomState(Callback):
