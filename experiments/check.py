@@ -42,7 +42,7 @@ def check(config: dict[str, Any], root: type) -> None:
 
     config: resolved, plain containers. Values are compared with annotations made of int, float, str, bool, None,
     Literal and Callable; what cannot be read from the source is not checked. A dataclass has checked the types of its
-    values itself; its fields may have `choices` in their metadata.
+    values itself; its fields may have `choices`, and numbers `least` or `above`, in their metadata.
     """
     _check_fields("", "the configuration", config, root)
     for f in dataclasses.fields(root):
@@ -59,6 +59,9 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
         if target.startswith("fff."):
             module, _, name = target.rpartition(".")
             raise ConfigError(f"{path}._target_: no such class or function {target!r}; {suggest(name, _names(module))}")
+        package = target.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{path}._target_={target!r}: no module {package!r} is installed")
         return
     for name, value in node.items():
         if name in _SPECIAL:
@@ -90,9 +93,13 @@ def _check_fields(path: str, owner: str, node: dict[str, Any], schema: type) -> 
     for name, value in node.items():
         if name not in fields:
             raise ConfigError(no_such(path + name, owner, name, fields))
-        choices = fields[name].metadata.get("choices")
-        if choices is not None and value not in choices:
-            raise ConfigError(_takes(path + name, value, owner, choices))
+        limits = fields[name].metadata
+        if "choices" in limits and value not in limits["choices"]:
+            raise ConfigError(_takes(path + name, value, owner, limits["choices"]))
+        if value is not None and "least" in limits and not value >= limits["least"]:
+            raise ConfigError(f"{path}{name}={value} must be at least {limits['least']}")
+        if value is not None and "above" in limits and not value > limits["above"]:
+            raise ConfigError(f"{path}{name}={value} must be above {limits['above']}")
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -142,6 +149,11 @@ def _alternatives(annotation: ast.expr | None, module: str) -> list[Any] | None:
             values = inner.elts if isinstance(inner, ast.Tuple) else [inner]
             return [v.value for v in values] if all(isinstance(v, ast.Constant) for v in values) else None
     return None
+
+
+def is_number(parameters: Parameters, name: str) -> bool:
+    """Whether an argument takes any number, by its annotation."""
+    return "float" in (_alternatives(parameters.annotations[name], parameters.module) or [])
 
 
 @cache

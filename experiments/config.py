@@ -17,10 +17,10 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException
+from hydra.errors import InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from .check import ConfigError, check, no_such, parameters_of, suggest
+from .check import ConfigError, check, is_number, no_such, parameters_of, suggest
 
 # Lightning's, one name for each: with two, one computation would be two runs.
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
@@ -30,16 +30,17 @@ PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-t
 class Trainer:
     """Settings of Lightning's Trainer that a run may vary."""
 
-    max_epochs: int = 100
+    max_epochs: int = field(default=100, metadata={"least": 1})
     accelerator: str = field(default="auto", metadata={"choices": ("auto", "cpu", "gpu", "cuda", "mps", "tpu")})
     devices: int = 1
     precision: str = field(default="32-true", metadata={"choices": PRECISIONS})
-    gradient_clip_val: float | None = None
-    accumulate_grad_batches: int = 1
+    # Largest norm of a gradient, null for any.
+    gradient_clip_val: float | None = field(default=None, metadata={"above": 0})
+    accumulate_grad_batches: int = field(default=1, metadata={"least": 1})
     # Batches per training epoch, null for all.
-    max_batches: int | None = None
+    max_batches: int | None = field(default=None, metadata={"least": 1})
     # Epochs between two resumable checkpoints; null: none.
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = field(default=None, metadata={"least": 1})
     # null: shown in a single run, not in a sweep.
     progress_bar: bool | None = None
 
@@ -51,10 +52,10 @@ class Config:
     study: str = "scratch"
     # Name of the recipe; its file sets it.
     recipe: str | None = None
-    seed: int = 0
+    seed: int = field(default=0, metadata={"least": 0})
     width: int = 128
     leaf_width: int = 8
-    threads: int = 1
+    threads: int = field(default=1, metadata={"least": 1})
     force: bool = False
     runs_dir: str = "runs"
     layer: Any = None
@@ -125,6 +126,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
             f"trainer.devices={plain['trainer']['devices']}: a run trains on one device, as its data is not sharded,"
             " and in a sweep every further process would start the sweep again"
         )
+    if plain["study"] in ("", ".", "..") or "/" in plain["study"]:
+        raise ConfigError(f"study={plain['study']!r} must be the name of one folder")
     _check_schedules(plain["task"].get("schedules") or {}, plain["layer"]["_target_"])
     for key in VOLATILE:
         *parents, name = key.split(".")
@@ -136,11 +139,21 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
-def _check_schedules(schedules: dict[str, Any], layer: str) -> None:
+def _check_schedules(schedules: Any, layer: str) -> None:
+    if not isinstance(schedules, dict):
+        raise ConfigError(f"task.schedules={schedules!r} must be {{attribute: [[epoch, value], ...]}}")
     known = parameters_of(layer)
-    for attribute in schedules if known is not None and not known.open else ():
+    for attribute, points in schedules.items():
+        path = f"task.schedules.{attribute}"
+        pairs = isinstance(points, list) and points and all(isinstance(p, list) and len(p) == 2 for p in points)
+        if not pairs or not all(isinstance(number, int | float) for point in points for number in point):
+            raise ConfigError(f"{path}={points!r} must be [[epoch, value], ...]")
+        if known is None or known.open:
+            continue
         if attribute not in known.annotations:
-            raise ConfigError(no_such(f"task.schedules.{attribute}", layer, attribute, known.annotations))
+            raise ConfigError(no_such(path, layer, attribute, known.annotations))
+        if not is_number(known, attribute):
+            raise ConfigError(f"{path}: {attribute} of {layer} is none that may change from epoch to epoch")
 
 
 def _plain(node: Any, resolve: bool) -> Any:
@@ -170,13 +183,23 @@ def run_dir(cfg: DictConfig, identity: dict[str, Any]) -> Path:
 
 
 def build(node: Any, **keywords: Any) -> Any:
-    """What `node` describes (`_target_`); the only caller of Hydra's instantiate."""
+    """What `node` describes (`_target_`); the only caller of Hydra's instantiate. A ValueError or OSError of the target
+    is raised as it is, and what else goes wrong is a ValueError of one line."""
     from hydra.utils import instantiate
 
     # Hydra 1.4 warns about targets that no list allows.
     if "_execution_whitelist_" in inspect.signature(instantiate).parameters:
         keywords["_execution_whitelist_"] = ["fff.*", "experiments.*", "lightning.*", "torch.*"]
-    return instantiate(node, **keywords)
+    try:
+        return instantiate(node, **keywords)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError | OSError):
+            raise cause from None
+        key = re.search(r"full_key: (\S+)", str(error))
+        where = f"{key[1]}: " if key else ""
+        extra = "; pip install 'fff[log]'" if isinstance(cause, ImportError) and "tensorboard" in str(cause) else ""
+        raise ValueError(f"{where}{explain(error)}{extra}") from error
 
 
 def explain(error: BaseException, schemas: Sequence[type] = (Config, Trainer)) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import sys
 import traceback
 import warnings
@@ -58,7 +59,8 @@ def run(cfg: DictConfig, progress_bar: bool = False) -> Outcome:
             return Outcome("skipped", folder)
         if reason:
             print(f"{reason}; running it again", file=sys.stderr, flush=True)
-        for name in (RESULT, ROUTES, ERROR):
+        # A record that is whole stays until another one takes its place.
+        for name in (ERROR,) if record is not None else (RESULT, ROUTES, ERROR):
             (folder / name).unlink(missing_ok=True)
         if cfg.force:
             (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -76,6 +78,8 @@ def run(cfg: DictConfig, progress_bar: bool = False) -> Outcome:
                 **measured,
             }
             write_record(folder, record)
+            if "routes" not in measured:
+                (folder / ROUTES).unlink(missing_ok=True)
         except Exception as error:
             (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
             return Outcome("failed", folder, last_line(error))
@@ -142,6 +146,7 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
 
     torch.set_num_threads(cfg.threads)
     from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from .elapsed import Elapsed
 
@@ -183,7 +188,7 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
         accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         limit_train_batches=cfg.trainer.max_batches,
         callbacks=callbacks,
-        logger=build(cfg.logger, save_dir=str(folder)) if cfg.logger else False,
+        logger=_logger(cfg.logger, folder, checkpoint is not None) if cfg.logger else False,
         enable_checkpointing=cfg.trainer.checkpoint_every is not None,
         enable_progress_bar=progress_bar,
         enable_model_summary=False,
@@ -193,9 +198,13 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:
-        # Lightning answers Ctrl-C by exit(1); here it must end the whole sweep, and say so.
+        # Lightning answers Ctrl-C by exit(1), where it must end the whole sweep, and say so, and SIGTERM by an exit
+        # that counts as success.
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
+        if isinstance(stop, SIGTERMException):
+            print(f"terminated in {folder}; the same command goes on", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGTERM) from stop
         raise
     measured = task.results(data)
     if getattr(task, "keep_routes", False) and (routes := task.routes(data)) is not None:
@@ -210,6 +219,15 @@ def train(cfg: DictConfig, folder: Path, progress_bar: bool) -> dict[str, Any]:
         "versions": versions(),
         "git_commit": commit,
     }
+
+
+def _logger(node: DictConfig, folder: Path, resumed: bool) -> Any:
+    """Writes into the run's folder, unless the configuration names another one. A run that goes on begins a metrics.csv
+    of its own, and Lightning would delete the one before: that becomes metrics.1.csv, or the next number."""
+    before = folder / "metrics.csv"
+    if resumed and before.exists():
+        before.rename(folder / f"metrics.{1 + len(list(folder.glob('metrics.*.csv')))}.csv")
+    return build(node, **({} if "save_dir" in node else {"save_dir": str(folder)}))
 
 
 def _accepted(function: Callable, known: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class RunSweeper(Sweeper):
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
+        self._given: set[str] = set()
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._is_group: dict[str, bool] = {}
 
@@ -61,7 +62,7 @@ class RunSweeper(Sweeper):
         combinations, jobs, finished = self.plan(arguments)
         todo = [job for job in jobs if job.run_dir not in finished]
         same = f" ({combinations} combinations)" if combinations != len(jobs) else ""
-        place = Path(self.config.runs_dir, self.config.study)
+        place = ", ".join(dict.fromkeys(str(job.run_dir.parent) for job in jobs))
         print(f"{place}: {len(jobs)} runs{same}, {len(finished)} finished, {len(todo)} to do", flush=True)
         with Progress(todo) as progress:
             self.launch(todo, progress)
@@ -76,12 +77,15 @@ class RunSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         choices: dict[str, list[Override]] = {}
         # Arguments come last: what the command line says of a parameter replaces what the experiment says.
-        for override in parser.parse_overrides([*(f"{key}={v}" for key, v in self.params.items()), *arguments]):
+        given = parser.parse_overrides(arguments)
+        self._given = {_name(override) for override in given}
+        for override in [*parser.parse_overrides([f"{key}={v}" for key, v in self.params.items()]), *given]:
             key = override.get_key_element()
             if not override.is_sweep_override():
-                choices[key] = [override]
+                choices[_name(override)] = [override]
             elif override.is_discrete_sweep():
-                choices[key] = parser.parse_overrides([f"{key}={v}" for v in override.sweep_string_iterator()])
+                values = override.sweep_string_iterator()
+                choices[_name(override)] = parser.parse_overrides([f"{key}={value}" for value in values])
             else:
                 raise ConfigError(f"{override.input_line}: a grid needs a list or a range of values")
         combinations = list(itertools.product(*choices.values()))
@@ -123,6 +127,7 @@ class RunSweeper(Sweeper):
         rest = tuple(o.input_line for o in combination if not self._is_value(o))
         if rest not in self._composed:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(rest))
+            self._check_grid(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
             self._composed[rest] = cfg
@@ -130,6 +135,18 @@ class RunSweeper(Sweeper):
         for override in values:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
         return cfg
+
+    def _check_grid(self, cfg: DictConfig) -> None:
+        """A sweep has one grid and one launcher: a choice that is swept must not bring others along."""
+        brought = cfg.hydra.sweeper.get("params") or {}
+        for key in [*brought, *self.params]:
+            if key.lstrip("+") not in self._given and brought.get(key) != self.params.get(key):
+                raise ConfigError(
+                    f"{key}: this choice brings a grid of its own, {brought.get(key, 'without it')} where the sweep has"
+                    f" {self.params.get(key, 'none')}; run it by itself, or say {key}=..."
+                )
+        if cfg.hydra.launcher._target_ != self.config.hydra.launcher._target_:
+            raise ConfigError("launcher: a sweep has one; name it once, without other values beside it")
 
     def _is_value(self, override: Override) -> bool:
         if override.type != OverrideType.CHANGE or override.package is not None:
@@ -154,6 +171,11 @@ class RunSweeper(Sweeper):
                 print(f"waiting for {job.run_dir}, which another process runs", flush=True)
                 with lock(job.run_dir, wait=True):
                     pass
+
+
+def _name(override: Override) -> str:
+    """The key without the signs by which it was given: `+key=1` and `key=2` speak of one parameter."""
+    return override.get_key_element().lstrip("+")
 
 
 class Progress:

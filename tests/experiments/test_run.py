@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -82,10 +84,13 @@ def test_routes_are_kept_where_they_are_asked_for(make_config, monkeypatch):
     assert load.tolist() == record["metrics"]["leaf_load"]
     before = (outcome.run_dir / ROUTES).read_bytes()
     monkeypatch.setattr(fff.tasks.Classification, "results", lambda self, data: 1 / 0)
-    assert run(make_config(*routed, "force=true")).status == "failed" and not (outcome.run_dir / ROUTES).exists()
+    assert run(make_config(*routed, "force=true")).status == "failed"
+    assert read(outcome) == record and (outcome.run_dir / ROUTES).read_bytes() == before, "until there are others"
     monkeypatch.undo()
-    assert run(make_config(*routed)).status == "finished"
+    assert run(make_config(*routed, "force=true")).status == "finished"
     assert (outcome.run_dir / ROUTES).read_bytes() == before, "the same seed"
+    monkeypatch.setattr(fff.tasks.Classification, "routes", lambda self, data: None)
+    assert run(make_config(*routed, "force=true")).status == "finished" and not (outcome.run_dir / ROUTES).exists()
 
 
 def test_a_truncated_record_is_reported_and_run_again(finished, make_config, capsys):
@@ -213,6 +218,50 @@ def test_a_run_resumed_in_the_middle_equals_an_unbroken_one(make_config, monkeyp
     assert without["metrics"] == unbroken["metrics"], "checkpoints must not change a run: its identity leaves them out"
 
 
+def test_a_resumed_run_keeps_what_was_logged_before(make_config, monkeypatch):
+    import fff.tasks
+
+    settings = [*QUICK, "trainer.max_epochs=4", "trainer.checkpoint_every=1", "logger=csv"]
+    callbacks = fff.tasks.Classification.protocol_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(fff.tasks.Classification, "protocol_callbacks", lambda self: [*callbacks(self), CutAt(2)])
+        assert run(make_config(*settings)).error == "RuntimeError: cut"
+    folder = run(make_config(*settings)).run_dir
+    epochs = [pd.read_csv(folder / name)["epoch"].unique().tolist() for name in ("metrics.1.csv", "metrics.csv")]
+    assert epochs == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("checkpoint_every", ["null", "1"])
+def test_a_terminated_run_does_not_count_as_done(make_config, monkeypatch, capsys, checkpoint_every):
+    import fff.tasks
+
+    class Terminate(Callback):
+        def on_train_epoch_start(self, trainer, task):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    callbacks = fff.tasks.Classification.protocol_callbacks
+    monkeypatch.setattr(fff.tasks.Classification, "protocol_callbacks", lambda self: [*callbacks(self), Terminate()])
+    with pytest.raises(SystemExit) as stop:
+        run(make_config(*QUICK, f"trainer.checkpoint_every={checkpoint_every}"))
+    assert stop.value.code == 143 and "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("data.batch_size=0", "ValueError: batch_size must be at least 1, got 0"),
+        (
+            "task.optimizer._target_=torch.optim.Adamm",
+            "ValueError: task.optimizer: No module named 'torch.optim.Adamm'",
+        ),
+        ("task.schedules={temperature:[[0,-1]]}", "ValueError: schedule of 'temperature': temperature=-1.0 must be"),
+    ],
+)
+def test_what_cannot_be_built_is_told_by_its_cause(make_config, override, line):
+    outcome = run(make_config(*QUICK, override))
+    assert outcome.status == "failed" and outcome.error.startswith(line)
+
+
 def test_an_unreadable_checkpoint_is_reported_and_not_used(make_config, capsys):
     settings = [*QUICK, "trainer.checkpoint_every=1"]
     outcome = run(make_config(*settings))
@@ -283,6 +332,19 @@ def test_every_experiment_plans_its_runs_and_trains_two_batches_of_each(
             data = [f"data.root={write_text(tmp_path)}", "data.context=16", "model.depth=1"]
         outcome = run(make_config(*overrides, *data, "trainer.max_epochs=1", "trainer.max_batches=2"))
         assert outcome.status == "finished", (overrides, outcome.error)
+
+
+def test_one_parameter_in_two_forms_is_one(plan):
+    jobs = plan("layer.temperature=1.0,2.0", "++layer.temperature=3.0").jobs
+    assert [job.overrides[0] for job in jobs] == ["++layer.temperature=3.0"]
+
+
+def test_data_sets_with_grids_of_their_own_share_one_that_is_named(plan, monkeypatch):
+    monkeypatch.setattr(sweep, "check_data", lambda node: None)
+    with pytest.raises(ConfigError, match="seed: this choice brings a grid of its own"):
+        plan("experiment=table1", "recipe=ours", "data=usps,mnist", "layer=fff")
+    named = plan("experiment=table1", "recipe=ours", "data=usps,mnist", "layer=fff", "seed=0,1").jobs
+    assert {job.run_dir.name.split("-")[1] for job in named} == {"usps", "mnist"}
 
 
 def test_the_runs_of_the_committed_tables_keep_their_names(plan, monkeypatch):
