@@ -31,6 +31,7 @@ _NAMES = {
     "layer.num_experts": "experts",
     "layer.depth": "depth",
     "layer.runner_up": "runner-up",
+    "layer.balance_weight": "balance",
     "task.optimizer.lr": "learning rate",
     "task.optimizer.weight_decay": "weight decay",
     "task.deviation_decay": "decay of deviations",
@@ -133,7 +134,8 @@ def _frame(cells: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     accuracy = zip(cells["val_accuracy_mean"], cells["val_accuracy_std"], strict=True)
     columns["validation"] = [spread(*values, decimals=2) for values in accuracy]
     columns["MA"] = [percent(value, decimals=2) for value in cells["ma_mean"]]
-    if (cells["num_leaves"] > 1).any():
+    # Several dense layers have several "leaves", and none of them is a choice.
+    if (cells["architecture"] != "dense").any() and (cells["num_leaves"] > 1).any():
         columns["leaves in use"] = [of(*v) for v in zip(cells["leaves_used_train"], cells["num_leaves"], strict=True)]
     columns["n (diverged)"] = [f"{n} ({diverged})" for n, diverged in zip(cells["n"], cells["diverged"], strict=True)]
     return pd.DataFrame(columns).reset_index(drop=True)
@@ -144,7 +146,7 @@ def _figure(models: dict[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(7.0, 1.0 + 0.5 * len(models)), layout="constrained")
     axes = figure.subplots()
     palette = figures.colors(
-        (cells["architecture"].iloc[0], not (cells["num_leaves"] > 1).any()) for cells in models.values()
+        (cells["architecture"].iloc[0], cells["architecture"].iloc[0] == "dense") for cells in models.values()
     )
     for i, cells in enumerate(models.values()):
         places = i + np.linspace(-0.3, 0.3, len(cells))
