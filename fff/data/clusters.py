@@ -93,10 +93,12 @@ class ClusterData(InMemoryData):
     @property
     def train_cluster(self) -> Tensor:
         """Cluster 0..3 of each row of `train_eval_dataloader`, in its order; the other two likewise."""
+        self.setup()
         return self._cluster[self.train_rows]
 
     @property
     def val_cluster(self) -> Tensor:
+        self.setup()
         return self._cluster[self.val_rows]
 
     @property

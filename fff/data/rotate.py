@@ -23,6 +23,8 @@ CROP = 0.75
 _BETWEEN = 1.5
 _KERNEL = 7, 3
 _CHUNK = 2000
+# Within 32 bits, as torch's generator knows no more.
+_STREAM = 2**31
 
 
 class RotatedImages(DerivedData):
@@ -63,7 +65,10 @@ class RotatedImages(DerivedData):
         rows = self.data.rows
         if rows.train_x.dim() != 4 or rows.train_x.shape[2] != rows.train_x.shape[3]:
             raise ValueError(f"data must hold square images (N, C, S, S), got {tuple(rows.train_x.shape)}")
-        generator = torch.Generator().manual_seed(self.rotate_seed)
+        if rows.augment is not None:
+            raise ValueError("data must not be augmented: a picture turned at random contradicts its label")
+        # Apart from the seeds of the split: by the same permutation all validation rows would be turned ones.
+        generator = torch.Generator().manual_seed(_STREAM + self.rotate_seed)
         train_y, test_y = (_half(len(y), generator) for y in (rows.train_y, rows.test_y))
         train_x, test_x = rotated(rows.train_x, train_y), rotated(rows.test_x, test_y)
         if self.blur is not None:
@@ -72,8 +77,10 @@ class RotatedImages(DerivedData):
             train_x[chosen] = blurred(train_x[chosen], self._deviations(len(chosen), generator))
             if self.blurred_rows == "all":
                 test_x = blurred(test_x, self._deviations(len(test_x), generator))
-        # The labels stand for the pixels, whose last bits depend on the machine.
-        digest = self.data.content_digest[:8] + content_digest((train_y, test_y))[:8]
+        # Labels and blur stand for the pixels, whose last bits depend on the machine.
+        low, high = self.blur or (0.0, 0.0)
+        blur = torch.tensor([low, high, self.blurred_rows == "all"], dtype=torch.float64)
+        digest = self.data.content_digest[:8] + content_digest((train_y, test_y, blur))[:8]
         return Rows(train_x, train_y, test_x, test_y, ["upright", "turned"], rows.scale, rows.shift, digest)
 
     def _deviations(self, num_rows: int, generator: torch.Generator) -> Tensor:

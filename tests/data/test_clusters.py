@@ -33,7 +33,8 @@ def test_the_three_forms_hold_the_same_rows(first):
 
 def test_clusters_follow_the_loaders(first):
     assert len(first.train_cluster) == 14_400 and len(first.val_cluster) == 1600 and len(first.test_cluster) == 16_000
-    assert len(ClusterData(1).test_cluster) == 16_000  # before any set-up
+    for name, rows in (("train", 14_400), ("val", 1600), ("test", 16_000)):
+        assert len(getattr(ClusterData(1), f"{name}_cluster")) == rows  # before any set-up
     patches, _, cluster = generate(SETTINGS[1], 32_000, SETTINGS[1].seed)
     assert torch.equal(first.train_cluster, cluster[:16_000][first.train_rows])
     ((x, _), *_) = first.val_dataloader()

@@ -52,6 +52,18 @@ def test_halves(digits):
     assert torch.equal(rows.test_x[~upright], rotated(digits.rows.test_x, torch.ones(355))[~upright])
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_half_of_the_validation_rows_are_turned_by_whatever_seeds(cache_dir, seed):
+    """The same seed for split and rotation would pick the same rows; one standard deviation of a guess is 0.04."""
+    data = RotatedImages(ImageData("digits", cache_dir=cache_dir, split_seed=seed), blur=None, rotate_seed=seed)
+    assert data.rows.train_y[data.val_rows].double().mean() == pytest.approx(0.5, abs=0.16)
+
+
+def test_augmented_pictures_are_refused(cache_dir):
+    with pytest.raises(ValueError, match="must not be augmented"):
+        RotatedImages(ImageData("digits", cache_dir=cache_dir, augment="affine")).setup()
+
+
 def test_clusters_are_the_classes_of_the_test_rows(digits):
     data = RotatedImages(digits)
     assert torch.equal(data.test_cluster, digits.rows.test_y)  # before any set-up
