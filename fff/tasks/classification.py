@@ -27,7 +27,7 @@ class Classification(RoutedTask):
     """Trains `model` on (x, y) batches; with `protocol_callbacks()` in the Trainer, `results` then measures the run.
 
     optimizer, router_lr_factor, deviation_decay, schedules, test, keep_routes: see `RoutedTask`; keep_routes needs a
-        model with one routed layer.
+        model with one routed layer that sees each row once, not its tokens.
     lr_schedule: Optimizer -> scheduler, stepped at the end of each epoch.
     plateau: the accuracy that a ReduceLROnPlateau gets (give it `mode="max"`), of the training or the validation rows.
     patience: epochs without a better training or validation accuracy after which training stops.
@@ -81,6 +81,17 @@ class Classification(RoutedTask):
         self._lr_schedule: LRScheduler | None = None
         self._restored_lr_schedule: dict[str, Any] | None = None
 
+    def on_train_start(self) -> None:
+        if self.keep_routes:
+            x, y = next(iter(self.trainer.datamodule.val_dataloader()))
+            evaluate(self.model, [(x, y)])
+            ((_, record),) = routing(self.model)
+            if len(record.index) != len(y):
+                raise ValueError(
+                    f"keep_routes={self.keep_routes} needs a layer that sees each row once: of {len(y)} rows it sees"
+                    f" {len(record.index)}"
+                )
+
     def on_train_epoch_start(self) -> None:
         # A run resumed in the middle of an epoch does not come by here: its weights have gone on since.
         if self.current_epoch in self.restart_from_best:
@@ -94,6 +105,8 @@ class Classification(RoutedTask):
         optimizer = self.build_optimizer()
         if self.make_lr_schedule is not None:
             self._lr_schedule = self.make_lr_schedule(optimizer)
+            if isinstance(self._lr_schedule, ReduceLROnPlateau) and self._lr_schedule.mode != "max":
+                raise ValueError("lr_schedule: a ReduceLROnPlateau gets an accuracy and needs mode='max'")
             if self._restored_lr_schedule is not None:
                 self._lr_schedule.load_state_dict(self._restored_lr_schedule)
         return optimizer
@@ -130,8 +143,8 @@ class Classification(RoutedTask):
         Leaves the model with the weights of the best validation accuracy. Of several routed layers the sizes, leaves
         and loads are summed or chained, and the largest share is the largest of any. NaN becomes None, and so does all
         that is measured with weights if the first epoch diverged, as there are none to measure then. Where the data
-        module knows the cluster of each test row (`test_cluster`, in the order of its loader), the dispatch entropy is
-        measured too.
+        module knows the cluster of each test row (`test_cluster`, in the order of its loader), and layers see rows and
+        not their tokens, the dispatch entropy is measured too.
         """
         protocol = self.protocol
         if not protocol.history["epoch"]:
@@ -178,7 +191,7 @@ class Classification(RoutedTask):
 
         def observe(logits: Tensor, y: Tensor) -> None:
             report.update(logits.float().softmax(-1), y)
-            if cluster is not None:
+            if cluster is not None and all(len(record.index) == len(y) for _, record in routing(self.model)):
                 chosen.append(self._chosen_experts())
 
         test = evaluate(self.model, data.test_dataloader(), soft=True, observe=observe)
@@ -194,7 +207,7 @@ class Classification(RoutedTask):
             **test.usage_metrics,
             **{name: value.item() for name, value in report.compute().items()},
         }
-        if cluster is not None:
+        if chosen:
             measured["dispatch_entropy"] = dispatch_entropy(torch.cat(chosen), cluster.to(chosen[0].device))
         return measured, test.backend
 

@@ -24,6 +24,12 @@ class NormalizedGD(Optimizer):
         for name, value in (("lr", lr), ("router_lr", router_lr)):
             if not value > 0:
                 raise ValueError(f"{name}={value!r} must be > 0")
+        params = list(params)
+        if any(isinstance(entry, dict) for entry in params):
+            raise ValueError(
+                "NormalizedGD makes its groups itself: it takes no router_lr_factor (router_lr is its own) and no"
+                " deviation_decay, and trains no language model"
+            )
         experts, routers = [], []
         for name, parameter in params:
             (routers if name.rpartition(".")[2] == "gate_weight" else experts).append((name, parameter))

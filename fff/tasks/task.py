@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -76,7 +77,9 @@ class RoutedTask(LightningModule, ABC):
 
     def _add(self, name: str, value: Tensor, rows: int) -> None:
         # Sums stay on the device: reading one in each step would wait for the accelerator, self.log costs 0.4 ms.
-        self._loss_sums[name] = value.detach() * rows + self._loss_sums.get(name, 0.0)
+        # In half precision they would stand still, or overflow.
+        wide = torch.promote_types(value.dtype, torch.float32)
+        self._loss_sums[name] = value.detach().to(wide) * rows + self._loss_sums.get(name, 0.0)
 
     def pop_epoch_losses(self) -> dict[str, float]:
         """Mean over the rows since the last call: "loss" is the task's, "aux_loss" the weighted auxiliary sum, the rest
@@ -95,7 +98,10 @@ class RoutedTask(LightningModule, ABC):
     def build_optimizer(self) -> Optimizer:
         optimizer = self.make_optimizer(self._optimized(), **self._fused())
         for group in optimizer.param_groups:
-            group["lr"] *= group.pop("lr_factor", 1.0)
+            group["lr"] = group["lr"] * group.pop("lr_factor", 1.0)  # not in place: groups may share a tensor
+        if self.deviation_decay is not None and "weight_decay" not in optimizer.defaults:
+            name = type(optimizer).__name__
+            raise ValueError(f"deviation_decay={self.deviation_decay!r}: the optimizer {name} has no weight decay")
         return optimizer
 
     def parameter_settings(self) -> dict[int, dict[str, float]]:

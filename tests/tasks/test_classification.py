@@ -154,6 +154,21 @@ def test_learning_rate_halves_on_a_plateau_of_the_chosen_accuracy(
     assert trainer.callback_metrics["lr"].item() == pytest.approx(0.2)
 
 
+def test_a_plateau_of_falling_accuracies_is_refused(data, fit):
+    task = make_task(lr_schedule=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(ValueError, match="needs mode='max'"):
+        fit(task, data(), max_epochs=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_an_epoch_add_up_in_half_precision(dtype):
+    task = make_task()
+    for _ in range(100):
+        task._add("loss", torch.tensor(2.25, dtype=dtype), 1000)
+    task._rows = 100_000
+    assert task.pop_epoch_losses() == {"loss": 2.25}
+
+
 def test_a_plateau_of_other_rows_is_refused(scripted):
     with pytest.raises(ValueError, match="plateau='test'"):
         Classification(scripted(train=[0], val=[0], test=[0]), num_classes=5, optimizer=torch.optim.SGD, plateau="test")
@@ -290,6 +305,14 @@ def test_the_router_has_a_learning_rate_of_its_own(data, fit):
     assert moved[1.0]["ff.node_weight"].abs().sum() > 0
 
 
+def test_a_rate_that_is_a_tensor_stays_that_of_the_rest():
+    model = Classifier(partial(fff.FFF, leaf_width=2, depth=2), 4, 5)
+    optimizer = partial(torch.optim.AdamW, lr=torch.tensor(0.01), foreach=False)
+    task = Classification(model, num_classes=5, optimizer=optimizer, router_lr_factor=0.1)
+    rest, router = (float(group["lr"]) for group in task.build_optimizer().param_groups)
+    assert (rest, router) == (pytest.approx(0.01), pytest.approx(0.001))
+
+
 def test_a_schedule_keeps_the_ratio_of_the_rates(data, fit):
     schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)
     task = make_tree(router_lr_factor=3.0, lr_schedule=schedule)
@@ -345,6 +368,13 @@ def test_router_rate_and_decay_of_deviations_go_together():
 def test_a_layer_without_base_has_no_deviations_to_decay(data, fit):
     with pytest.raises(ValueError, match="deviation_decay=2.0: no layer"):
         fit(make_tree(deviation_decay=2.0), data(), max_epochs=1)
+
+
+def test_an_optimizer_without_decay_is_refused_a_decay():
+    model = Classifier(partial(fff.FFF, leaf_width=2, depth=2, base=True), 4, 5)
+    task = Classification(model, num_classes=5, optimizer=partial(torch.optim.Rprop, lr=0.1), deviation_decay=2.0)
+    with pytest.raises(ValueError, match="deviation_decay=2.0: the optimizer Rprop has no weight decay"):
+        task.build_optimizer()
 
 
 @pytest.mark.parametrize("decay", [-1.0, float("nan")])

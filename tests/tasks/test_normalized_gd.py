@@ -32,6 +32,11 @@ def test_a_single_network_has_no_router():
     assert moved.item() == pytest.approx(0.5, rel=1e-4)
 
 
+def test_groups_are_refused():
+    with pytest.raises(ValueError, match="makes its groups itself"):
+        NormalizedGD([{"params": list(fff.PatchMoE(4).named_parameters())}], lr=0.1, router_lr=0.1)
+
+
 def test_bad_rates_are_named():
     with pytest.raises(ValueError, match="router_lr=0"):
         NormalizedGD(fff.PatchMoE(4).named_parameters(), lr=0.1, router_lr=0)

@@ -107,6 +107,25 @@ def test_no_routes_without_weights(tensor_data, fit):
     assert task.results(data)["metrics"]["diverged"] and task.routes(data) is None
 
 
+def test_a_layer_that_sees_tokens_is_refused_before_training(tensor_data, fit):
+    x, y = torch.randn(30, 6), torch.arange(30) % 4
+    make_ff = partial(fff.FFF, leaf_width=3, depth=2, mode="straight_through")
+    model = nn.Sequential(nn.Unflatten(1, (2, 3)), make_ff(3), nn.Flatten(), nn.Linear(6, 4))
+    task = make_task(model, keep_routes=True)
+    with pytest.raises(ValueError, match="sees each row once: of 30 rows it sees 60"):
+        fit(task, tensor_data((x, y), (x, y), (x, y)), max_epochs=1)
+    assert not task.protocol.history["epoch"]
+
+
+def test_clusters_of_rows_are_no_clusters_of_tokens(tensor_data, fit):
+    x, y = torch.randn(30, 6), torch.arange(30) % 4
+    model = nn.Sequential(nn.Unflatten(1, (2, 3)), fff.FFF(3, 3, depth=2), nn.Flatten(), nn.Linear(6, 4))
+    task, data = make_task(model), tensor_data((x, y), (x, y), (x, y))
+    data.test_cluster = y
+    fit(task, data, max_epochs=1)
+    assert "dispatch_entropy" not in task.results(data)["metrics"]
+
+
 @pytest.mark.parametrize("num_layers", [0, 2])
 def test_a_model_with_other_than_one_routed_layer_is_refused(num_layers):
     model = nn.Sequential(nn.Linear(3, 3), *(fff.FFF(3, 2, depth=1) for _ in range(num_layers)))
