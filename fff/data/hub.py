@@ -9,11 +9,17 @@ from fff.data.sources import is_offline, not_found
 
 
 def read_folder(folder: Path, config: str | None, scratch: str) -> Any:
-    """Splits by name, of a clone of a Hub repository or a plain folder with its files; valid as long as `scratch`."""
+    """Splits by name, of a clone of a Hub repository or a plain folder with its files; valid as long as `scratch`.
+
+    ValueError for a clone that has no such configuration; a plain folder has none, and its files are read.
+    """
     from datasets import get_dataset_config_names, load_dataset
 
-    # A clone of the Hub repository names its configurations, a plain folder of Parquet files has none.
-    config = config if config and config in get_dataset_config_names(str(folder)) else None
+    names = get_dataset_config_names(str(folder)) if config else []
+    if config and names == ["default"]:
+        config = None
+    elif config and config not in names:
+        raise ValueError(f"config={config!r} is none of {', '.join(names)}, which {folder} has")
     return load_dataset(str(folder), config, cache_dir=scratch)
 
 

@@ -122,6 +122,8 @@ class TokenizedText(TextWindows):
                 encoder = Tokenizer.from_pretrained(self.tokenizer)
             except OSError as error:
                 raise tokenizer_not_found(self.tokenizer, first_line(error)) from None
+        if encoder.decoder is None:  # tokens would be joined by spaces that the text has not
+            raise ValueError(f"tokenizer={self.tokenizer!r} has no decoder, so its tokens have no number of characters")
         # Some files have the lengths of a model's rows in them.
         encoder.no_truncation()
         encoder.no_padding()

@@ -34,6 +34,7 @@ def words(count=500):
     """A tokenizer of w0, w1 and so on, which are their own places in w0 w1 ..., so that a window tells where it is."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{place}": place for place in range(count)}))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
     return tokenizer
 
 
@@ -178,6 +179,27 @@ def test_what_is_no_tokenizer_is_named(data, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer=.*broken.json' holds no tokenizer: "):
         data(str(tmp_path / "broken.json")).setup()
+
+
+def test_a_tokenizer_whose_tokens_have_no_text_is_named(data, tmp_path):
+    write_set(tmp_path / NAME, train=["ab" * 20])
+    tokenizer = pairs()
+    tokenizer.decoder = None
+    with pytest.raises(ValueError, match="tokenizer=.* has no decoder"):
+        data(tokenizer).setup()
+
+
+def test_a_configuration_that_a_clone_has_not_is_named(data, tmp_path):
+    for name in ("small", "large"):
+        write_set(tmp_path / NAME / name, train=["ab" * (20 if name == "small" else 30)])
+    sections = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        for name in ("small", "large")
+    )
+    (tmp_path / NAME / "README.md").write_text(f"---\nconfigs:\n{sections}---\n")
+    assert len(data(pairs(), config="large").text.tokens) > len(data(pairs(), config="small").text.tokens)
+    with pytest.raises(ValueError, match="config='lagre' is none of small, large"):
+        data(pairs(), config="lagre").setup()
 
 
 def test_what_is_missing_is_told_in_one_line(data, tmp_path, no_hub, monkeypatch):
