@@ -46,17 +46,24 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], *, revision: str 
     """
     config_path, weights_path = (_find(folder_or_repo_id, name, revision) for name in (_CONFIG, _WEIGHTS))
     config = json.loads(Path(config_path).read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} is no JSON object")
     if missing := {"class", "arguments"} - set(config):
         raise ValueError(f"{config_path} lacks {sorted(missing)}")
     found = load_file(weights_path)
-    with torch.device("meta"):  # a stranger's sizes take no memory before they are found in the file
-        expected = shapes(from_config(config))
+    try:
+        with torch.device("meta"):  # a stranger's sizes take no memory before they are found in the file
+            expected = shapes(from_config(config))
+    except RuntimeError as error:  # sizes that no tensor has
+        raise ValueError(f"{config_path}: {error}") from None
     given = {name: tuple(tensor.shape) for name, tensor in found.items()}
     for name in sorted(expected.keys() | given.keys()):
         if given.get(name) != expected.get(name):
             raise ValueError(
                 f"{weights_path}: {name} has shape {given.get(name)}, {config['class']} needs {expected.get(name)}"
             )
+        if not found[name].is_floating_point():
+            raise ValueError(f"{weights_path}: {name} holds {found[name].dtype}, no floating-point numbers")
     layer = from_config(config)
     layer.load_state_dict(found, assign=True)
     return layer.eval()
@@ -64,6 +71,8 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], *, revision: str 
 
 def _find(folder_or_repo_id: str | os.PathLike[str], name: str, revision: str | None) -> str | Path:
     if Path(folder_or_repo_id).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is of a repository, and {str(folder_or_repo_id)!r} is a folder")
         return Path(folder_or_repo_id, name)
     try:
         return hf_hub_download(str(folder_or_repo_id), name, revision=revision)

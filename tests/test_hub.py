@@ -8,6 +8,7 @@ import torch
 
 import fff
 
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 hub = pytest.importorskip("fff.hub", reason="huggingface-hub or safetensors is not installed")
 
 LAYERS = {
@@ -68,6 +69,8 @@ def broken(tmp_path, **changes):
     ("changes", "named"),
     [
         ({"class": "Linear"}, "class='Linear' is none of"),
+        ({"class": ["FFF"]}, "class=.'FFF'. is none of"),
+        ({"arguments": {"in_features": 2**40, "leaf_width": 2**40, "depth": 2}}, "config.json: "),
         ({"class": None}, r"config.json lacks \['class'\]"),
         ({"arguments": {"in_features": 6, "leaf_width": 4, "depth": 1}}, "b_in has shape .4, 4., FFF needs .2, 4."),
         ({"arguments": {"in_features": 6, "leaf_width": 4, "depth": 2, "bias": False}}, "b_in has .*FFF needs None"),
@@ -84,6 +87,19 @@ def test_what_does_not_fit_is_told_in_one_line(changes, named, tmp_path):
     with pytest.raises(ValueError, match=named) as error:
         hub.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_configuration_or_no_weights_is_told(tmp_path):
+    hub.save_pretrained(fff.FFF(6, 4, depth=2), tmp_path)
+    with pytest.raises(ValueError, match="revision='v1' is of a repository"):
+        hub.from_pretrained(tmp_path, revision="v1")
+    weights = safetensors.load_file(tmp_path / "model.safetensors")
+    safetensors.save_file(weights | {"w_in": weights["w_in"].long()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="w_in holds torch.int64"):
+        hub.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('["class", "arguments"]')
+    with pytest.raises(ValueError, match="config.json is no JSON object"):
+        hub.from_pretrained(tmp_path)
 
 
 def test_a_mistyped_folder_is_told_in_one_line():

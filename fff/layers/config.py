@@ -49,7 +49,7 @@ def from_config(config: dict[str, Any]) -> RoutedLayer:
     ValueError for an unknown class, and for arguments that it does not take.
     """
     name, classes = config["class"], _layer_classes()
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(f"class={name!r} is none of {sorted(classes)}")
     try:
         return classes[name](**config["arguments"])

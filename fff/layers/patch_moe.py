@@ -73,8 +73,6 @@ class PatchMoE(RoutedLayer):
         self.gate_weight = nn.Parameter(torch.empty(num_experts, patch_width)) if num_experts > 1 else None
         self.w_in = nn.Parameter(torch.empty(num_experts, expert_width, patch_width))
         self.b_in = nn.Parameter(torch.empty(num_experts, expert_width))
-        # Adds up the channels of each output.
-        self.register_buffer("read_out", torch.eye(out_features).repeat_interleave(channels, 0)[None], persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,7 +102,9 @@ class PatchMoE(RoutedLayer):
             patches, b_in = patches.sum(1, keepdim=True), self.num_patches * b_in
         # Every patch of a row goes through the expert of the row; the only one needs no dispatch.
         each = None if gate is None else index.repeat_interleave(patches.shape[1], 0)
-        w_out = self.read_out.to(self.w_in.dtype).expand(self.num_experts, -1, -1)
+        # Adds up the channels of each output.
+        w_out = torch.eye(self.out_features, dtype=self.w_in.dtype, device=self.w_in.device)
+        w_out = w_out.repeat_interleave(self.channels, 0).expand(self.num_experts, -1, -1)
         call = patches.flatten(0, 1), each, None, self.w_in, b_in, w_out, None
         backend = choose_backend("auto", *call, activation=self.act)
         y = expert_mlp(*call, activation=self.act, backend=backend).unflatten(0, (-1, patches.shape[1])).sum(1)

@@ -22,7 +22,8 @@ class GPT(nn.Module):
     as GPT-2's; all else begins as its layers do.
 
     make_ff: called once for each block as `make_ff(dim, out_features=dim)`; ValueError for a layer whose answer to a
-        row depends on the other rows (`RoutedLayer.mixes_rows`), by which a token would see later ones.
+        row depends on the other rows (`RoutedLayer.mixes_rows`), by which a token would see later ones. A mixture with
+        a capacity and several choices passes: in training first choices of later tokens may displace second ones.
     in_shape: (longest P,).  num_classes: V.
     depth: number of blocks.  heads: of each attention; they share dim.
     dropout: of the embedded tokens, the attention weights and what each block adds, in training.
