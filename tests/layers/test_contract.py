@@ -112,6 +112,15 @@ def test_auxiliary_losses_are_summed_in_full_precision():
     assert total == mixture.record.aux_loss
 
 
+@pytest.mark.parametrize("backend", ["dense", "gather"])
+def test_gradients_of_a_neuron_that_many_rows_pass_add_up_in_low_precision(backend):
+    layer = fff.UltraFFF(6, 4, depth=2, backend=backend).bfloat16()
+    torch.nn.init.constant_(layer.b_in, 1.0)  # all rows the same way, through neurons that are on
+    layer(torch.zeros(2000, 6).bfloat16()).sum().backward()
+    hidden = float(layer.act(torch.ones(())).bfloat16())
+    assert layer.w_out.grad[0].tolist() == pytest.approx([2000 * hidden] * 4, rel=0.01)
+
+
 def test_no_grad_and_gradient_accumulation(make):
     layer = make()
     with torch.no_grad():
