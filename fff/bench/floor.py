@@ -43,8 +43,8 @@ def floor(work: Work, dtype: torch.dtype, device: str = "cpu") -> Floor:
     threads = torch.get_num_threads()
     rate = matmul_rate(dtype, threads, device)
     if device == "cpu":
-        size = min(_LARGEST, max(2**16, 1 << (work.bytes - 1).bit_length()))
-        bandwidth = read_bandwidth(size, threads)
+        # Of whole pairs of numbers. Not the next power of two, which may lie outside of a cache that holds the call.
+        bandwidth = read_bandwidth(min(_LARGEST, max(2**16, work.bytes)) // 8 * 8, threads)
     else:
         bandwidth = copy_bandwidth(device)
     compute, memory = work.flops / rate, work.bytes / bandwidth

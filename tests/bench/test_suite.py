@@ -225,7 +225,7 @@ def test_work_counts_what_is_hit_once():
 
 def test_floor_is_the_slower_of_the_two_ways(monkeypatch):
     monkeypatch.setattr(floor, "matmul_rate", lambda dtype, threads, device: 1e9)
-    monkeypatch.setattr(floor, "read_bandwidth", lambda size, threads: {2**16: 1e6, 2**20: 1e5}[size])
+    monkeypatch.setattr(floor, "read_bandwidth", lambda size, threads: {2**16: 1e6, 1_000_000: 1e5}[size])
     assert floor.floor(floor.Work(2_000_000, 1000), torch.float32)[:2] == (2e-3, "compute")
     assert floor.floor(floor.Work(2_000_000, 1_000_000), torch.float32)[:2] == (10.0, "memory")
     monkeypatch.setattr(floor, "copy_bandwidth", lambda device: 1e6)

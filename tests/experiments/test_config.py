@@ -52,6 +52,17 @@ def test_recipe_specialises_the_layer_and_the_command_line_wins(make_config, rec
     assert make_config(f"recipe={recipe}", "layer.mode=gated").layer.mode == "gated"
 
 
+@pytest.mark.parametrize("recipe", ["cifar", "ours"])
+@pytest.mark.parametrize("first", ["feedforward", "moe"])
+def test_a_recipe_trains_all_options_of_one_class_alike(make_config, recipe, first):
+    """A dense control as wide as a leaf must not be regularised otherwise than the dense layer beside it."""
+    options = [option for group, option in OPTIONS if group == "layer" and option.split("_")[0] == first]
+    trained = {option: make_config(f"recipe={recipe}", f"layer={option}").task for option in options}
+    assert len(trained) > 3
+    assert all(task.optimizer == trained[first].optimizer for task in trained.values())
+    assert all(task.label_smoothing == trained[first].label_smoothing for task in trained.values())
+
+
 @pytest.mark.parametrize("data", ["usps", "mnist", "fashion_mnist", "digits"])
 def test_our_recipe_trains_to_the_end_of_its_schedule(make_config, data):
     """Also where a study has a budget of its own, and where the command line changes the length."""

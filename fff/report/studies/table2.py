@@ -64,7 +64,7 @@ def report(data: StudyData) -> Report:
     runs["recipe"] = text(runs, "recipe")
     runs["width"] = runs["metrics.training_width"].astype(int)
     key = ["recipe", "model", "layer", "width"]
-    runs["layer"] += _longer(runs, key)
+    runs["layer"] += _longer(runs)
     summary = summarize(runs, keep=key)
     found = placed(data, runs, summary.to_dict("records"), key)
     cells = {(recipe, Row(model, layer), width): cell for (recipe, model, layer, width), cell in found.items()}
@@ -100,10 +100,10 @@ def _row(run: dict[str, str]) -> Row:
     return Row("fff", f"FFF {trees}{run['layer.leaf_width']}{master}, {mode}{base}")
 
 
-def _longer(runs: pd.DataFrame, key: list[str]) -> pd.Series:
-    """ ", 200 epochs" of runs for whose place there are shorter ones."""
+def _longer(runs: pd.DataFrame) -> pd.Series:
+    """ ", 200 epochs" of runs that are longer than others of their recipe."""
     epochs = runs["trainer.max_epochs"].astype(int)
-    shortest = epochs.groupby([runs[name] for name in key]).transform("min")
+    shortest = epochs.groupby(runs["recipe"]).transform("min")
     return (", " + epochs.astype(str) + " epochs").where(epochs > shortest, "")
 
 
