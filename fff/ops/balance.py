@@ -8,7 +8,7 @@ Where a loss multiplies a hard count by a probability, the gradient flows throug
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -113,11 +113,11 @@ def path_balance(child: Int[Tensor, "T d"], right_probability: Float[Tensor, "T 
     return ((width * cost).sum() - (depth - 1) * rows) / max(rows, 1)
 
 
-def node_balance(logits: Float[Tensor, "T N"], decay: float = 0.5) -> Float[Tensor, ""]:
-    """- sum_i decay^depth(i) 1/2 [log a_i + log(1 - a_i)]; Frosst & Hinton 2017, section 3.2 (there times lambda).
+def node_balance(logits: Float[Tensor, "T N"]) -> Float[Tensor, ""]:
+    """- sum_i 2^-depth(i) 1/2 [log a_i + log(1 - a_i)]; Frosst & Hinton 2017, section 3.2 (there times lambda).
 
     a_i is the mean probability of going right at node i over the rows, each weighted by its probability of reaching i.
-    Minimum depth * log 2 with decay 0.5, where every node splits its mass evenly. Departure: a_i is taken over this
+    Minimum depth * log 2, where every node splits its mass evenly. Departure: a_i is taken over this
     batch, not over a moving window of batches. Evaluated in log space, so that saturated nodes have a finite gradient.
     """
     logits = _wide(logits)
@@ -133,22 +133,19 @@ def node_balance(logits: Float[Tensor, "T N"], decay: float = 0.5) -> Float[Tens
         log_split = left.logsumexp(0) + right.logsumexp(0) - 2 * log_reach.logsumexp(0)
         cost = cost - weight * 0.5 * log_split.sum()
         log_reach = torch.stack([left, right], dim=-1).flatten(1)
-        weight, first = weight * decay, 2 * first + 1
+        weight, first = weight / 2, 2 * first + 1
     return cost
 
 
-def hardening_entropy(logits: Float[Tensor, " *any"], reduction: Literal["mean", "sum"] = "mean") -> Float[Tensor, ""]:
-    """Entropy in nats of the Bernoulli decisions with these logits; Belcak & Wattenhofer 2023, L_harden.
+def hardening_entropy(logits: Float[Tensor, " *any"]) -> Float[Tensor, ""]:
+    """Mean entropy in nats of the Bernoulli decisions with these logits; Belcak & Wattenhofer 2023, L_harden.
 
-    "mean" over rows and nodes is what the authors' code computes, and what their weight h = 3.0 belongs to; "sum" is
-    what the paper prints. Between 0 and log 2 per decision. Value and gradient are finite for every finite logit.
+    The mean over rows and nodes is what the authors' code computes, and what their weight h = 3.0 belongs to; the paper
+    prints a sum. Between 0 and log 2. Value and gradient are finite for every finite logit.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}, expected 'mean' or 'sum'")
     # The entropy is even in the logit; on |logit| both terms are positive, so that nothing cancels.
     size = _wide(logits).abs()
-    total = (F.softplus(-size) + size * torch.sigmoid(-size)).sum()
-    return total if reduction == "sum" else total / max(logits.numel(), 1)
+    return (F.softplus(-size) + size * torch.sigmoid(-size)).sum() / max(logits.numel(), 1)
 
 
 @torch.no_grad()
