@@ -18,7 +18,7 @@ demo_results := runs/results
 torch_lock := $(shell sed -n 's/^torch==//p' requirements.lock)
 
 help:
-	@echo "make demo    install, train six layers on the digits (CPU, minutes), print the table, draw the figures;"
+	@echo "make demo    install, train four layers by two recipes on the digits (CPU, minutes), print the table, draw figures;"
 	@echo "             tables and figures go to $(demo_results)"
 	@echo "make test    install the development tools, run the tests"
 	@echo "make install only install, into $(VENV)"

@@ -9,12 +9,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException, MissingConfigException
@@ -220,6 +221,8 @@ def explain(error: BaseException, schemas: Sequence[type] = (Config, Trainer)) -
                 return f"launcher={option} is not installed: pip install 'fff[{extra}]'"
             return f"{group}={option}: no such option; {suggest(option, link.options)}"
     text = "\n".join(str(link) for link in chain)
+    if misplaced := re.search(r"In '((?:recipe|budget|experiment)/[^']+)': ValidationError raised while composing", text):
+        return f"{misplaced.group(1)}.yaml must begin with the line `# @package _global_`"
     if unknown := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)\s+full_key: (\S+)", text):
         name, owner, path = unknown.groups()
         schema = next((schema for schema in schemas if schema.__name__ == owner), None)
@@ -263,6 +266,26 @@ def option_groups() -> str:
     loader = GlobalHydra.instance().config_loader()
     groups = [group for group in sorted(loader.list_groups("")) if group not in ("hydra", "bench")]
     return "\n".join(f"{group}: {', '.join(sorted(loader.get_group_options(group)))}" for group in groups)
+
+
+def recipe_note(choices: Mapping[str, str | None], loader: ConfigLoader) -> str:
+    """One line where a recipe has settings for some layers of a kind and none for the one that was chosen, else "".
+
+    choices: option by group.
+    """
+    recipe, layer = choices.get("recipe"), choices.get("layer")
+    if not recipe or not layer:
+        return ""
+    layers = loader.get_group_options("layer")
+    options = loader.get_group_options("recipe/layer")
+    served = [name for name in layers if f"{recipe}_{name}" in options]
+    kin = [name for name in served if name.partition("_")[0] == layer.partition("_")[0]]
+    if layer in served or not kin:
+        return ""
+    return (
+        f"note: recipe={recipe} has settings of its own for layer={','.join(kin)} but none for layer={layer}, which"
+        " trains with those for all layers"
+    )
 
 
 def register() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import build, config_hash, identity, run_dir, run_id
+from .config import build, config_hash, identity, recipe_note, run_dir, run_id
 from .dataset import check_data, other_rows
 from .provenance import git_commit, hardware, versions
 from .store import ERROR, LOCK, RESULT, ROUTES, SCHEMA, lock, read_record, write_record, write_routes
@@ -89,10 +89,13 @@ def run(cfg: DictConfig, progress_bar: bool = False) -> Outcome:
 
 def job(cfg: DictConfig) -> None:
     """What Hydra calls for each configuration, in whichever process; a sweep tells the outcome by itself."""
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     single = HydraConfig.get().mode == RunMode.RUN
+    if single and (note := recipe_note(HydraConfig.get().runtime.choices, GlobalHydra.instance().config_loader())):
+        print(note, file=sys.stderr, flush=True)
     bar = cfg.trainer.progress_bar
     outcome = run(cfg, progress_bar=single and sys.stderr.isatty() if bar is None else bar)
     if single:

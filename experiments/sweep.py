@@ -22,7 +22,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from .check import ConfigError
-from .config import config_hash, explain, identity, run_dir
+from .config import config_hash, explain, identity, recipe_note, run_dir
 from .dataset import check_data, other_rows, stored_places
 from .run import summary
 from .store import ERROR, RESULT, is_locked, lock, read_record
@@ -51,6 +51,7 @@ class RunSweeper(Sweeper):
         self._given: set[str] = set()
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._is_group: dict[str, bool] = {}
+        self._notes: dict[str, None] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
@@ -64,6 +65,8 @@ class RunSweeper(Sweeper):
         same = f" ({combinations} combinations)" if combinations != len(jobs) else ""
         place = ", ".join(dict.fromkeys(str(job.run_dir.parent) for job in jobs))
         print(f"{place}: {len(jobs)} runs{same}, {len(finished)} finished, {len(todo)} to do", flush=True)
+        for note in self._notes:
+            print(note, file=sys.stderr, flush=True)
         with Progress(todo) as progress:
             self.launch(todo, progress)
         if progress.failed:
@@ -128,6 +131,8 @@ class RunSweeper(Sweeper):
         if rest not in self._composed:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(rest))
             self._check_grid(cfg)
+            if note := recipe_note(cfg.hydra.runtime.choices, self.hydra_context.config_loader):
+                self._notes[note] = None
             with open_dict(cfg):
                 del cfg["hydra"]
             self._composed[rest] = cfg

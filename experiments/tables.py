@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
             files, problems = update(study, options.runs_dir, options.results_dir)
             _tell(problems)
             if study not in known:
-                raise ValueError(f"no records of study {study!r}; there are: {', '.join(known)}")
+                places = f"{options.runs_dir}/ or {options.results_dir}/runs/"
+                raise ValueError(f"no records of study {study!r} in {places}; there are: {', '.join(known)}")
             published = publish(load(study, options.results_dir, files), files)
             _tell(published.remarks)
             print(published.markdown)

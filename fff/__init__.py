@@ -14,6 +14,7 @@ _HOME = {
     "UltraFFF": "fff.layers.ultra_fff",
     "Record": "fff.layers.contract",
     "RoutedLayer": "fff.layers.contract",
+    "Size": "fff.layers.contract",
     "aux_loss": "fff.layers.contract",
     "inspect": "fff.adapt.inspection",
     "node_tracing": "fff.layers.contract",

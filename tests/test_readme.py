@@ -123,8 +123,13 @@ def check_bench(arguments, _):
 
 
 def check_tables(arguments, _):
-    for study in arguments:
-        assert find_spec(f"fff.report.studies.{study}"), study
+    studies = arguments
+    if "--results-dir" in arguments:
+        *studies, option, _ = arguments
+        assert option == "--results-dir"
+    for study in studies:
+        swept = any(f"study={study}" in line.split() for line in SHELL)
+        assert swept or find_spec(f"fff.report.studies.{study}"), study
 
 
 def check_no_arguments(arguments, _):

@@ -34,7 +34,10 @@ def routed(model_class: type[Model], match: Match | None = None) -> type[Model]:
     that the model does not have, or that `match` does not find.
     """
     if not is_pretrained_class(model_class):
-        raise ValueError(f"model_class={model_class!r} is no model class of transformers")
+        raise ValueError(
+            f"model_class={model_class!r} is no model class of transformers; classes that choose one, as AutoModel, are"
+            " none: name the one that they choose, such as GPT2LMHeadModel"
+        )
     plain, known = vars(model_class).get("_made_of", (model_class, None))
     return _routed(plain, known if match is None else match)
 

@@ -13,6 +13,7 @@ from torch import nn
 from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths
 from fff.layers.config import to_config
 from fff.layers.contract import RoutedLayer
+from fff.ops.activation import activation_name
 
 
 class Replacement(NamedTuple):
@@ -23,6 +24,7 @@ class Replacement(NamedTuple):
     parameters_before, parameters_after: of what was taken out and of what was put in, biases included.
     flops_before, flops_after: operations per token of its linear maps and routed layers in evaluation (a multiply-add
         counts as two), biases and activations left out; other kinds of modules count as 0.
+    activation_before, activation_after: by name ("gated silu" of a gated block); None where it cannot be told.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Replacement(NamedTuple):
     parameters_after: int
     flops_before: int
     flops_after: int
+    activation_before: str | None
+    activation_after: str | None
 
 
 def replace_feedforward(
@@ -44,7 +48,9 @@ def replace_feedforward(
         name.startswith("blocks.1") else None`.
 
     What surrounds a block stays: residual, norm, dropout of the output (by its probability, as a new module).
-    Activation, dropout of hidden units and a norm between the maps leave with it. A block that occurs several times in
+    Activation, gate, dropout of hidden units and a norm between the maps leave with it: the new layer has those of
+    `make_ff`, so pass `act_layer="gelu"` for GPT-2, BERT and ViTs, `act_layer="silu", glu=True, bias=False` for Llama
+    to keep them; the report tells both. A block that occurs several times in
     the model (shared weights) becomes one layer.
 
     The fused evaluation of torch's `nn.TransformerEncoderLayer`, which would read the old weights, is switched off for
@@ -73,6 +79,8 @@ def replace_feedforward(
             _num_parameters(layers[name]),
             _flops(*block.first, block.last),
             _flops(layers[name]),
+            _activation(block.activation, gated=_is_gated(block)),
+            _activation(getattr(layers[name], "act", None), gated=getattr(layers[name], "glu", False)),
         )
         report.append(row)
     for name, block in blocks.items():
@@ -184,6 +192,17 @@ def _leave_fused_path(model: nn.Module) -> None:
                 layer.activation_relu_or_gelu = 0  # "neither relu nor gelu", which the kernel does not take
                 if layer is not module:
                     module.use_nested_tensor = False
+
+
+def _activation(act: Callable | None, gated: bool) -> str | None:
+    if act is None:
+        return None
+    name = activation_name(act) or getattr(act, "__name__", type(act).__name__)
+    return f"gated {name}" if gated else name
+
+
+def _is_gated(block: Block) -> bool:
+    return len(block.first) > 1 or linear_widths(block.first[0]).out_features != linear_widths(block.last).in_features
 
 
 def _num_parameters(*modules: nn.Module) -> int:

@@ -123,6 +123,24 @@ class Size(NamedTuple):
 class RoutedLayer(nn.Module, ABC):
     """Base of all layers: `forward(x)` maps (..., in_features) to (..., out_features) in x's dtype.
 
+    A layer of your own sets `in_features` and `out_features`, has the property `size`, and sets `record` in `forward`:
+
+        class Dense(fff.RoutedLayer):
+            def __init__(self, in_features, out_features=None, *, hidden=16):
+                super().__init__()
+                self.in_features, self.out_features = in_features, out_features or in_features
+                self.up, self.down = nn.Linear(in_features, hidden), nn.Linear(hidden, self.out_features)
+
+            def forward(self, x):
+                index = torch.zeros(len(self.rows(x)), 1, dtype=torch.int64, device=x.device)  # one expert for all
+                self.record = fff.Record(x.new_zeros(()), {}, index, num_experts=1, backend="reference")
+                return self.down(torch.relu(self.up(x)))
+
+            @property
+            def size(self):
+                hidden, flops = self.up.out_features, 2 * self.up.out_features * (self.in_features + self.out_features)
+                return fff.Size(hidden, hidden, hidden, hidden, flops)
+
     Each forward replaces `record`; it is None before the first, after copying or unpickling, and under export.
     Under activation checkpointing use `use_reentrant=False`: the re-entrant kind runs the first forward without
     gradients, so that no auxiliary loss can reach the parameters.
@@ -204,9 +222,9 @@ def aux_loss(model: nn.Module) -> Tensor:
     several times in one pass counts its last call; one that a pass leaves out still has the record of the pass before.
     `nn.DataParallel` leaves the records with its copies, so that this is 0: use `DistributedDataParallel`.
 
-    A loss of balance (of `fff.ops.balance` all but entropies and z-losses) is that of the rows of one forward pass:
-    over micro-batches, or the processes of a distributed run, the mean of theirs, which is not that of all rows
-    together. Entropies, z-losses and, over processes, the load that moves decision biases are those of all rows.
+    Balance losses are computed for each forward pass: with gradient accumulation or DistributedDataParallel the sum is
+    the mean of the micro-batches' losses, which is not the balance loss of the whole batch. Entropies and z-losses are
+    means over rows, the same either way, and the load that moves decision biases is summed over processes.
     """
     losses = [record.aux_loss for _, record in routing(model)]
     if losses:

@@ -66,8 +66,10 @@ class FFF(ExpertLayer):
     depth: 0 .. 15; the tree has 2^depth leaves. Depth 0 is a dense layer of width L.
     mode: how it trains, and with which weight the chosen leaf counts.
         "soft" trains every leaf, weighted by the sigmoids on its path; evaluation runs the greedy leaf with weight 1.
+        That is another function, and may be far worse unless decisions were hardened: set `hardening_weight` (the
+        paper's is 3), and compare under `fff.soft_evaluation`.
         "straight_through" runs the greedy leaf alone, its weight p / stop_gradient(p): 1 in value, with the gradient of
-        the path probability p. Training and evaluation forward are equal, but for a runner-up.
+        the path probability p. Training and evaluation compute the same, but for the second leaf of `runner_up`.
         "gated" runs the greedy leaf with weight p in training and evaluation.
         The two hard modes collapse to few leaves without a balance loss.
     top_k: leaves per tree in hard routing, found by a beam of `beam_width` (default top_k) paths. Their weights are
@@ -90,7 +92,10 @@ class FFF(ExpertLayer):
     balance_weight: times `leaf_balance` when soft, times `path_balance` when hard; 1 each where leaves are used evenly.
     node_balance_weight: times the per-node balance of soft decision trees, over the first 7 levels in hard modes.
     bias_update_rate: > 0 balances the hard modes by decision biases without a loss; call `fff.update_biases(model)`
-        after each step. The biases are part of the state dict, and need more than bfloat16 has: train by autocast.
+        after each step. The biases are part of the state dict; in bfloat16 they lose their small steps, so keep
+        parameters in float32 and train under autocast.
+    act_layer, glu, bias, drop: activation (a name of `fff.ops.activation`, a function or a module class), gated hidden
+        units, biases of leaves and nodes, dropout of hidden units.
     backend: of the expert computation in hard routes, see `fff.ops.expert_mlp`; the soft mixture takes "dense" unless
         it is "reference".
     soft_eval: evaluate the soft mixture instead of the hard route; `fff.soft_evaluation(model)` sets it for a while.

@@ -48,12 +48,15 @@ class MoE(ExpertLayer):
         ("noisy_top_k" only).  balance_weight: times the Switch loss (not for "soft" and "expert_choice", which are
         even by themselves).  z_weight: times the router z-loss.
     bias_update_rate: > 0 balances by decision biases without a loss ("sigmoid" only); call `fff.update_biases(model)`
-        after each step. The biases need more than bfloat16 has: train in bfloat16 by autocast.
+        after each step. In bfloat16 the biases lose their small steps: keep parameters in float32 and train under
+        autocast.
     jitter: half-width of the uniform noise around 1 that multiplies the router's input in training (Switch: 1e-2).
     shared_width: width of a dense expert that sees every row with weight 1; 0 is none.
     base: the experts deviate from one that they have in common (`ExpertLayer`).
+    act_layer, glu, bias, drop: activation (a name of `fff.ops.activation`, a function or a module class), gated hidden
+        units, biases of the experts, dropout of their hidden units.
 
-    The four loss weights, bias_update_rate, top_k, capacity_factor, jitter and drop may be changed between steps.
+    Without a balance loss (or bias_update_rate) experts fall out of use. The four loss weights, bias_update_rate, top_k, capacity_factor, jitter and drop may be changed between steps.
     Auxiliary losses and noise belong to training mode. The router decides in float32 where x is of half precision.
     """
 

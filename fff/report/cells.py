@@ -59,8 +59,8 @@ def read_runs(file: Path | TextIO) -> pd.DataFrame:
 
 
 def summarize(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
-    """One row per cell, in order of first appearance, with its configuration and the columns `keep`, which no run of a
-    cell has otherwise than the rest.
+    """One row per cell, in order of first appearance, with its configuration and the columns `keep`, of which the first
+    run of a cell speaks for the others.
 
     n counts every run, diverged ones too, and each enters with the metrics it has; the standard deviation is that
     of a sample (divisor n - 1), nan for one run. best_*_run is the run that gave the best value.
@@ -82,13 +82,15 @@ def summarize(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def distinguishing(cells: pd.DataFrame) -> list[str]:
-    """A small set of configuration columns that tells all cells apart, in reading order.
+    """A small set of columns that tells all cells apart, in reading order: the recipe, where the cells have that column,
+    before those of the configuration, of which it sets several.
 
     A column that splits no group left by those before it is not taken: an optimiser that changes with the mode says
     nothing new beside the mode.
     """
     names = config_columns(cells.columns)
-    ordered = [name for name in _ORDER if name in names] + [name for name in names if name not in _ORDER]
+    recipe = [name for name in ("recipe",) if name in cells]
+    ordered = recipe + [name for name in _ORDER if name in names] + [name for name in names if name not in _ORDER]
     taken: list[str] = []
     groups = 1
     for name in ordered:

@@ -129,7 +129,7 @@ def report(data: StudyData) -> Report:
 def generic(data: StudyData) -> Report:
     if data.runs.empty:
         raise ValueError(f"{data.name} has no rows in runs/{data.name}.csv, and no layout that does without")
-    cells = label(summarize(data.runs))
+    cells = label(summarize(data.runs, keep=["recipe"]))
     return Report(cells, [tables.generic(cells, data.name)], generic_figures(data, cells))
 
 

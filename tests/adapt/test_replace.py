@@ -107,7 +107,21 @@ def test_report_counts_what_went_and_what_came():
     model = Residual(NanoMlp())
     (row,) = replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=2))
     tree = 3 * D + 3 + 4 * (2 * 3 * D + 3 + D)  # three nodes, four leaves, with their biases
-    assert row == ("mlp", "GPT-2", 2 * D * H + H + D, tree, 4 * D * H, 2 * 2 * D + 4 * 3 * D)
+    assert row == ("mlp", "GPT-2", 2 * D * H + H + D, tree, 4 * D * H, 2 * 2 * D + 4 * 3 * D, "gelu", "relu")
+
+
+@pytest.mark.parametrize(
+    ("mlp", "make_ff", "before", "after"),
+    [
+        (LlamaMlp, partial(fff.FFF, leaf_width=3, depth=1, act_layer="silu", glu=True), "gated silu", "gated silu"),
+        (LlamaMlp, partial(fff.MoE, expert_width=3, num_experts=2, act_layer=nn.GELU), "gated silu", "gelu"),
+        (NanoMlp, lambda width, out_features: nn.Linear(width, out_features), "gelu", None),
+        (NanoMlp, partial(fff.FFF, leaf_width=3, depth=1, act_layer=torch.sin), "gelu", "sin"),
+    ],
+)
+def test_the_report_tells_what_becomes_of_activation_and_gate(mlp, make_ff, before, after):
+    (row,) = replace_feedforward(Residual(mlp()), make_ff)
+    assert (row.activation_before, row.activation_after) == (before, after)
 
 
 def test_other_modules_count_their_linear_maps():

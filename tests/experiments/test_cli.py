@@ -52,6 +52,8 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path, monkeypatch):
         "no_yaml": "trainer: [3",
     }.items():
         (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    (tmp_path / "conf" / "recipe").mkdir()
+    (tmp_path / "conf" / "recipe" / "bare.yaml").write_text("task: {optimizer: {lr: 0.01}}\n")
     mine = ["--config-dir", str(tmp_path / "conf")]
     cases = [
         (["layer.dpth=3"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
@@ -105,6 +107,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path, monkeypatch):
         ([*mine, "experiment=root_typo"], "sed: the configuration has no 'sed'; did you mean 'seed'?"),
         ([*mine, "experiment=sweep_typo"], "layer.depth: width=17 must be leaf_width=8 times"),
         ([*mine, "experiment=no_yaml"], "while parsing"),
+        ([*mine, "recipe=bare"], "recipe/bare.yaml must begin with the line `# @package _global_`"),
     ]
     elsewhere = f"runs_dir={tmp_path / 'runs'}"
     benchmarks = [
@@ -146,6 +149,19 @@ def test_help_is_quick():
     seconds, torch_imported = result.stdout.splitlines()[-1].split()[1:]
     # CPU time, because the machine may be busy.
     assert float(seconds) < 2.5 and torch_imported == "False"
+
+
+def test_a_recipe_that_knows_other_layers_of_a_kind_is_told_once(train):
+    """Not of dense layers, for which it has no file at all."""
+    few = "recipe=paper", "trainer.max_epochs=1"
+    line = (
+        "note: recipe=paper has settings of its own for layer=fff but none for layer=fff_gated, which trains with those"
+        " for all layers\n"
+    )
+    swept = train("-m", *few, "layer=fff,fff_gated,feedforward", "width=16,32")
+    assert (swept.returncode, swept.stderr) == (0, line)
+    single = train(*few, "layer=fff_gated")
+    assert (single.returncode, single.stderr) == (0, line)
 
 
 def test_sweep_with_failures_killed_and_resumed(train, tmp_path):

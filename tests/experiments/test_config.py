@@ -101,6 +101,12 @@ def test_variants_spell_out_the_defaults_of_their_layer(make_config, layer, base
     assert list(make_config(f"layer={layer}").layer) == list(make_config(f"layer={base}").layer)
 
 
+def test_the_tree_of_our_recipe_has_two_names(make_config):
+    """What it makes of layer=fff is a tree with runner-up, and that is trained alike where it is named so."""
+    tree, named = (identity(make_config("recipe=ours", f"layer={name}")) for name in ("fff", "fff_runner_up"))
+    assert tree == named and tree["layer"]["runner_up"]
+
+
 @pytest.mark.parametrize("width, leaf_width, units", [(128, 8, 12), (16, 8, 9), (128, 1, 8), (16, 1, 5), (8, 8, 8)])
 def test_a_dense_layer_of_the_inference_size_of_a_tree(make_config, width, leaf_width, units):
     sizes = f"width={width}", f"leaf_width={leaf_width}"

@@ -71,6 +71,17 @@ def test_settings_tell_cells_apart_and_say_no_more(write_run, summary):
     assert list(cells["family"]) == ["FeedForward", "FFF (soft)"] + ["FFF (straight_through)"] * 2
 
 
+def test_a_recipe_stands_for_what_it_sets(write_run, results_dir, update):
+    """Its optimiser, its mode and more: a table that named one of them alone would name it as the cause."""
+    write_run(depth=4, recipe="paper")
+    write_run(depth=4, mode="straight_through", optimizer=ADAMW, recipe="ours")
+    write_run(depth=4, mode="straight_through", optimizer=SGD)
+    update("study")
+    cells = report(load("study", results_dir)).cells
+    assert list(cells["settings"]) == ["", "recipe=ours", "recipe=paper"]
+    assert list(cells["family"]) == ["FFF", "FFF (ours)", "FFF (paper)"]
+
+
 def test_metrics_do_not_tell_cells_apart(write_run, summary):
     """nodes_below_0.10 is one, though its name has a dot as those of the configuration have."""
     for lr, share in ((0.1, 0.25), (0.2, 0.5)):
@@ -96,6 +107,7 @@ def test_generic_table(write_run, summary, results_dir):
     assert tree["largest %"] == "50.0"
     assert tree["GA best"] == "80.0"
     assert (tree["n"], tree["diverged"]) == ("1", "0")
+    assert "settings" in header and "recipe" not in text
     dense = dict(zip(header, cells_of(text, "FeedForward"), strict=True))
     assert dense["leaves in use"] == dense["largest %"] == dense["GA soft"] == "–"
 
