@@ -221,8 +221,8 @@ def explain(error: BaseException, schemas: Sequence[type] = (Config, Trainer)) -
                 return f"launcher={option} is not installed: pip install 'fff[{extra}]'"
             return f"{group}={option}: no such option; {suggest(option, link.options)}"
     text = "\n".join(str(link) for link in chain)
-    if misplaced := re.search(r"In '((?:recipe|budget|experiment)/[^']+)': ValidationError raised while composing", text):
-        return f"{misplaced.group(1)}.yaml must begin with the line `# @package _global_`"
+    if bare := re.search(r"In '((?:recipe|budget|experiment)/[^']+)': ValidationError raised while composing", text):
+        return f"{bare.group(1)}.yaml must begin with the line `# @package _global_`"
     if unknown := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)\s+full_key: (\S+)", text):
         name, owner, path = unknown.groups()
         schema = next((schema for schema in schemas if schema.__name__ == owner), None)

@@ -82,8 +82,8 @@ def summarize(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def distinguishing(cells: pd.DataFrame) -> list[str]:
-    """A small set of columns that tells all cells apart, in reading order: the recipe, where the cells have that column,
-    before those of the configuration, of which it sets several.
+    """A small set of columns that tells all cells apart, in reading order: the recipe, where the cells have that
+    column, before those of the configuration, of which it sets several.
 
     A column that splits no group left by those before it is not taken: an optimiser that changes with the mode says
     nothing new beside the mode.
