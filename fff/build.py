@@ -11,11 +11,11 @@ from fff.ops.expert_mlp import cpu
 
 
 def build() -> Path:
-    """The compiled library, made if it is not there yet; RuntimeError with the compiler's output if that fails."""
+    """The compiled library, made if there is none that loads; RuntimeError with the compiler's output if that fails."""
     from torch.utils import cpp_extension  # imports the compiler's tools
 
     path = cpu.library_path()
-    if path.exists():
+    if path.exists() and cpu.available():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = cpu.compiler_flags()

@@ -198,9 +198,22 @@ def test_there_is_no_second_derivative():
     call, index = call_of(4, 3, 2, 2, 2, 1), torch.zeros(4, 1, dtype=torch.int64)
     x = call["x"].requires_grad_()
     y = expert_mlp(x, index, *(call[name] for name in NAMES[1:]), backend="native")
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    # The incoming gradient of the second one requires none, and the first derivative would pass for a constant.
+    for loss in (y.square().sum(), y.sum()):
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative; ask for backend='gather'"):
+            grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("layer", [FFF(4, 3, 2, depth=2, mode="straight_through"), MoE(4, 3, 2, num_experts=4)])
+def test_a_penalty_of_gradients_is_refused_rather_than_wrong(layer):
+    x = torch.randn(9, 4, requires_grad=True)
+    for train in (True, False):
+        y = layer.train(train)(x).sum()
+        assert layer.record.backend == "native"
+        (grad,) = torch.autograd.grad(y, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            grad.norm(dim=1).sub(1).square().mean().backward()
 
 
 def test_bfloat16_has_no_native_gradient():

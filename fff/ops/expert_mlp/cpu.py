@@ -14,11 +14,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fff.ops.activation import activation_name
 
@@ -49,27 +49,28 @@ def library_path() -> Path:
     return root / f"native-{key.hexdigest()[:16]}.so"
 
 
-def _load() -> bool:
+def _load() -> str:
+    """Load the compiled library; why not, or ""."""
     try:
         path = library_path()
         if not path.exists():
-            return False
+            return "it is not built"
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError, AttributeError) as error:
         warnings.warn(f"the native operators cannot be loaded, PyTorch backends serve instead: {error}", stacklevel=2)
-        return False
-    return True
+        return f"it cannot be loaded ({error})"
+    return ""
 
 
-_available = _load()
+_missing = _load()
 
 
 def available() -> bool:
     """Whether the native operators are loaded."""
-    return _available
+    return not _missing
 
 
-if _available:
+if not _missing:
 
     @torch.library.register_fake("fff::native_expert_mlp")
     def _(x, index, gate, w_in, b_in, w_out, b_out, activation, glu):
@@ -113,8 +114,8 @@ def refusal(
 
     activation: `activation_name` of it.  weights: of one type and device; the first one speaks for all.
     """
-    if not _available:
-        return "it is not built; run: python -m fff.build"
+    if _missing:
+        return f"{_missing}; run: python -m fff.build"
     if dropout:
         return f"it has no dropout, which is {dropout!r}"
     if activation is None:
@@ -135,6 +136,32 @@ def _given(gradients: Iterable[Tensor], needed: Iterable[bool]) -> list[Tensor |
     return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
+class _Undifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("the native operators have no second derivative; ask for backend='gather'")
+
+
+def _once_differentiable(backward: Callable) -> Callable:
+    """As torch's decorator of that name, which lets a gradient pass for a constant where no incoming one requires a
+    gradient, as in that of `y.sum()`: a second derivative would then lack what goes through it, and nothing say so.
+    """
+
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return found
+        return tuple(None if t is None else _Undifferentiable.apply(t.requires_grad_()) for t in found)
+
+    return checked
+
+
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, gate, w_in, b_in, w_out, b_out, activation, glu):
@@ -143,7 +170,7 @@ class _ExpertMLP(torch.autograd.Function):
         return torch.ops.fff.native_expert_mlp.default(x, index, gate, w_in, b_in, w_out, b_out, activation, glu)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, grad_y):
         x, index, gate, *weights = ctx.saved_tensors
         need = [needed for i, needed in enumerate(ctx.needs_input_grad[:7]) if i != 1]
@@ -167,7 +194,7 @@ class _Descend(torch.autograd.Function):
         return index, logit
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, _, grad_logit):
         need = ctx.needs_input_grad[:3]
         found = torch.ops.fff.native_descend_backward.default(grad_logit, *ctx.saved_tensors, *ctx.call, *need)
