@@ -309,6 +309,8 @@ class FFF(ExpertLayer):
         if not (hard and one_leaf and self.backend in ("auto", "native")):
             return None
         weights = [*self._tensors("node_weight", "node_bias"), *self.experts()]
+        if weights[0].dtype != weights[2].dtype:  # nodes of a wider type than the leaves
+            return None
         act = activation_name(self.act)
         if exporting() or cpu.records_gradient(rows, *weights) or cpu.refusal(act, rows, None, *weights) is not None:
             return None  # the other way has gradients, or says what is wrong if "native" was asked for

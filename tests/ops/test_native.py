@@ -10,6 +10,7 @@ from torch import nn
 
 import fff
 from fff import FFF, MoE
+from fff.build import build
 from fff.ops.activation import ACTIVATIONS
 from fff.ops.expert_mlp import Problem, choose_backend, cpu, expert_mlp, resolve_backend
 from fff.ops.tree_route import dense_logits, greedy_leaf, path_logits, path_to
@@ -112,19 +113,21 @@ def test_strided_tensors():
 
 
 @built
-@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("choices, gated", [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(choices, dtype):
-    tensors = weights(97, 5, 33, 50, dtype=dtype)
+@pytest.mark.parametrize("width, out", [(33, 50), (1, 400), (32, 10)])
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(choices, gated, dtype, width, out):
+    tensors = weights(97, 5, width, out, dtype=dtype)
     x, index = torch.randn(600, 97, dtype=dtype), torch.rand(600, 5).argsort(1)[:, :choices]
+    gate = torch.rand(600, choices, dtype=dtype) if gated else None
 
     def run(rows):
-        return expert_mlp(x[rows], index[rows], None, *tensors, backend="native")
+        return expert_mlp(x[rows], index[rows], None if gate is None else gate[rows], *tensors, backend="native")
 
     together = run(torch.arange(600))
     order = torch.randperm(600)
     assert torch.equal(run(order), together[order])
-    for row in (0, 17, 599):
+    for row in range(0, 600, 25):
         assert torch.equal(run(torch.tensor([row])), together[row : row + 1])
     torch.set_num_threads(2)
     try:
@@ -217,6 +220,18 @@ def test_node_entropy_counts_visiting_rows_unless_traced():
             layer(x)
         torch.testing.assert_close(layer.record.node_entropy, entropy.mean(0), rtol=1e-4, atol=1e-5)
         assert not layer.trace_nodes
+
+
+@built
+def test_nodes_of_a_wider_type_than_the_leaves():
+    """As a router kept in float32 has; the fused call would need one type."""
+    layer = FFF(16, 4, 8, depth=3, mode="straight_through").bfloat16()
+    for name in ("node_weight", "node_bias"):
+        setattr(layer, name, nn.Parameter(getattr(layer, name).float()))
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    expected = layer.eval()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=2**-7, atol=2**-8)  # hidden units are rounded elsewhere
 
 
 @built
@@ -360,7 +375,21 @@ def test_a_spoilt_library_is_left_aside_with_a_warning(tmp_path):
         "path.write_text('spoilt'); print(cpu._load())"
     )
     result = python(code, tmp_path)
-    assert result.stdout.strip() == "False" and "PyTorch backends serve instead" in result.stderr
+    assert result.stdout.strip().startswith("it cannot be loaded (") and "backends serve instead" in result.stderr
+
+
+def test_a_spoilt_library_is_built_again(tmp_path, monkeypatch):
+    path = tmp_path / "native.so"
+    path.write_text("spoilt")
+    monkeypatch.setattr(cpu, "library_path", lambda: path)
+    monkeypatch.setattr(
+        "torch.utils.cpp_extension.load", lambda *, build_directory, **_: Path(build_directory, "fff_native.so").touch()
+    )
+    monkeypatch.setattr(cpu, "_missing", "it cannot be loaded")
+    assert build() == path and not path.read_bytes()
+    path.write_text("loaded")
+    monkeypatch.setattr(cpu, "_missing", "")
+    assert build() == path and path.read_text() == "loaded"
 
 
 def test_a_failed_build_says_why_and_names_the_fallback(tmp_path):

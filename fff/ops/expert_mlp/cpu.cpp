@@ -100,6 +100,17 @@ inline const float* as_float(const BFloat16* p, int64_t n, float* room) {
   return room;
 }
 
+// a * b + c, rounded once where the processor can: left to the compiler, product and sum are fused in some tiles only.
+inline Lanes fused(Lanes a, float b, Lanes c) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline float sum(Lanes v) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_reduce_add_ps(v);
@@ -173,8 +184,7 @@ template <int R, int V, bool whole, class W>
       float* y = rows[r].y + column + v * VL;
       const bool full = whole || v + 1 < V;
       Lanes before = !add ? Lanes{} : full ? load(y) : load(y, last);
-      // In one expression, lest the compiler fuse product and sum in some tiles only, which rounds otherwise.
-      Lanes value = acc[r][v] * rows[r].gate + before;
+      Lanes value = fused(acc[r][v], rows[r].gate, before);
       if (full)
         std::memcpy(y, &value, sizeof value);
       else
