@@ -56,9 +56,9 @@ class MoE(ExpertLayer):
     act_layer, glu, bias, drop: activation (a name of `fff.ops.activation`, a function or a module class), gated hidden
         units, biases of the experts, dropout of their hidden units.
 
-    Without a balance loss (or bias_update_rate) experts fall out of use. The four loss weights, bias_update_rate, top_k,
-    capacity_factor, jitter and drop may be changed between steps. Auxiliary losses and noise belong to training mode.
-    The router decides in float32 where x is of half precision.
+    Without a balance loss (or bias_update_rate) experts fall out of use. The four loss weights, bias_update_rate,
+    top_k, capacity_factor, jitter and drop may be changed between steps. Auxiliary losses and noise belong to training
+    mode. The router decides in float32 where x is of half precision.
     """
 
     router_names = ("gate_weight", "noise_weight")

@@ -12,11 +12,14 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None
 
 
-def exporting() -> bool:
-    """Whether `torch.export` is tracing.
+# Up to torch 2.12 dynamo took it for true under plain `torch.compile` as well.
+_KNOWS_EXPORT = torch.__version__ >= (2, 13)
 
-    Not `torch.compiler.is_exporting`: dynamo took it for true under plain `torch.compile` up to torch 2.12.
-    """
+
+def exporting() -> bool:
+    """Whether `torch.export` is tracing; before torch 2.13 not seen with `strict=True`."""
+    if _KNOWS_EXPORT:
+        return torch.compiler.is_exporting()
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 

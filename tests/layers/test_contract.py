@@ -241,6 +241,16 @@ def test_exports_with_a_dynamic_batch(make):
             torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch does not tell it from a compilation")
+def test_an_exported_program_has_no_operator_of_ours(make):
+    """It is loaded where this library, or its compiled part, is not."""
+    layer = make().eval()
+    for strict in (True, False):
+        with torch.no_grad():
+            program = torch.export.export(layer, (torch.randn(4, 6),), strict=strict)
+        assert not [node for node in program.graph.nodes if str(node.target).startswith("fff")]
+
+
 def test_nan_rows_harm_themselves_alone(make):
     layer = make().eval()
     x = torch.randn(5, 6)
