@@ -69,6 +69,21 @@ def _nothing() -> None:
     pass
 
 
+def _repeats(
+    call: Callable[[], object], least: float, seconds: Callable[[Callable[[], object], int], float]
+) -> tuple[int, float]:
+    """How many calls last at least `least` seconds, and how long they last. Tried twice, as one trial may be slow by
+    chance, unless it is far longer than it must be."""
+    count = 1
+    while True:
+        taken = seconds(call, count)
+        if taken < 10 * least:
+            taken = max(min(taken, seconds(call, count)), 1e-9)
+        if taken >= least:
+            return count, taken
+        count = max(count + 1, math.ceil(count * min(least / taken, 100)))
+
+
 def time_interleaved(
     calls: Mapping[str, Callable[[], object]],
     *,
@@ -94,9 +109,8 @@ def time_interleaved(
     for name, call in calls.items():
         before.get(name, _nothing)()
         call()  # allocations and lazy initialisation
-        once = max(seconds(call, 1), 1e-9)
-        repeats[name] = max(1, math.ceil(min_sample_s / once))
-        turns[name] = int(min(rounds, max(3, max_candidate_s / (once * repeats[name]))))
+        repeats[name], sample = _repeats(call, min_sample_s, seconds)
+        turns[name] = int(min(rounds, max(3, max_candidate_s / sample)))
     order = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in order}
     collecting = gc.isenabled()

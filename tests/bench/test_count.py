@@ -1,9 +1,12 @@
 """Operations and bytes of calls whose counts are known by hand."""
 
+import pytest
 import torch
 from torch import nn
 
+import fff
 from fff.bench.count import count_flops, peak_bytes
+from fff.ops.expert_mlp import cpu, expert_mlp
 
 MIB = 2**20
 # torch allocates a few bytes for the scalars of an operation.
@@ -46,3 +49,46 @@ def test_flops_of_a_linear_layer():
         assert count_flops(lambda: linear(x)) == 2 * 5 * 7 * 11
     # backward: the weight's gradient alone, for x needs none
     assert count_flops(lambda: linear(x).sum().backward()) == 2 * 2 * 5 * 7 * 11
+
+
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "gather", "grouped", "native"])
+def test_flops_of_chosen_experts(backend, glu):
+    if backend == "native" and not cpu.available():
+        pytest.skip("the native operators are not built")
+    rows, choices, d, width, out = 9, 2, 7, 3, 5
+    x, index = torch.randn(rows, d), torch.rand(rows, 4).argsort(1)[:, :choices]
+    hidden = width * (2 if glu else 1)
+    weights = torch.randn(4, hidden, d), torch.randn(4, hidden), torch.randn(4, width, out), torch.randn(4, out)
+
+    def call(*tensors):
+        return expert_mlp(x, index, None, *tensors, backend=backend, glu=glu)
+
+    w_in, w_out = 2 * rows * choices * d * hidden, 2 * rows * choices * width * out
+    assert count_flops(lambda: call(*weights)) == w_in + w_out
+    trained = [weight.requires_grad_() for weight in weights]
+    if backend in ("grouped", "native"):
+        # The gradients of both weights and of hidden units; native computes the hidden units again.
+        again = w_in if backend == "native" else 0
+        assert count_flops(lambda: call(*trained).sum().backward()) == 2 * w_in + 3 * w_out + again
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native operators are not built")
+def test_flops_of_a_native_tree():
+    rows, d, width, out, depth, trees = 9, 7, 3, 5, 3, 2
+    layer = fff.FFF(d, width, out, depth=depth, num_trees=trees, mode="straight_through").eval()
+    nodes, w_in, w_out = (2 * rows * trees * n for n in (depth * d, d * width, width * out))
+    with torch.no_grad():
+        assert (
+            count_flops(lambda: layer(torch.randn(rows, d))) == nodes + w_in + w_out == rows * layer.size.flops_per_row
+        )
+    assert layer.record.backend == "native"
+    # In training with their gradients, but no gradient of x; what balances and weighs paths are no matrix products.
+    assert count_flops(lambda: layer.train()(torch.randn(rows, d)).sum().backward()) == 2 * nodes + 3 * w_in + 3 * w_out
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped product")
+def test_flops_of_the_grouped_product():
+    x, weight = torch.randn(12, 8).bfloat16(), torch.randn(3, 8, 16).bfloat16()
+    offset = torch.tensor([4, 8, 12], dtype=torch.int32)
+    assert count_flops(lambda: torch._grouped_mm(x, weight, offs=offset)) == 2 * 12 * 8 * 16

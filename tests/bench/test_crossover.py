@@ -1,13 +1,17 @@
 """Costs are found again in times that were made from them, and a wrong choice costs what it costs."""
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from fff.bench.crossover import BACKENDS, fit, regret
+from fff.ops.expert_mlp import costs
 from fff.ops.expert_mlp.costs import Cost, Problem, counts
+
+ROOT = Path(__file__).resolve().parents[2]
 
 COSTS = {
     gradient: {
@@ -35,6 +39,14 @@ def rows():
                 }
             )
     return pd.DataFrame(made)
+
+
+def test_the_costs_of_the_library_are_those_of_the_committed_times():
+    rows = pd.read_csv(ROOT / "results" / "bench" / "crossover.csv")
+    found = fit(rows[rows["median_s"].notna()])
+    for gradient, table in costs.COSTS.items():
+        for backend, cost in table.items():
+            np.testing.assert_allclose(found[gradient][backend], cost, rtol=0.01)
 
 
 def test_costs_are_those_that_the_times_were_made_from(rows):

@@ -30,14 +30,30 @@ def test_every_round_measures_every_competitor_in_turn():
     calls = {"a": clock.spend("a", 1.0), "b": clock.spend("b", 2.0), "c": clock.spend("c", 4.0)}
     samples = time_interleaved(calls, rounds=3, min_sample_s=0.1, seconds=clock.seconds)
     assert samples == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
-    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab"
+    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab"  # long calls are tried once
 
 
 def test_short_calls_are_repeated_within_a_sample():
     clock = Clock()
     samples = time_interleaved({"a": clock.spend("a", 0.25)}, rounds=2, min_sample_s=1.0, seconds=clock.seconds)
     assert samples == {"a": [0.25, 0.25]}
-    assert len(clock.calls) == 2 + 2 * 4
+    assert len(clock.calls) == 1 + 2 * 1 + 2 * 4 + 2 * 4  # the first, trials of one and of four, two rounds
+
+
+def test_a_slow_trial_does_not_make_short_samples():
+    """The first two calls take ten times as long as those after them."""
+    clock, lasted = Clock(), []
+    costs = iter([1.0, 1.0] + [0.1] * 1000)
+
+    def call():
+        clock.now += next(costs)
+
+    def seconds(call, count):
+        lasted.append(clock.seconds(call, count))
+        return lasted[-1]
+
+    time_interleaved({"a": call}, rounds=3, min_sample_s=0.5, seconds=seconds)
+    assert lasted[-3:] == pytest.approx([0.5] * 3)
 
 
 def test_a_slow_phase_of_the_machine_cancels_in_the_ratio():

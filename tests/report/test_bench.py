@@ -87,6 +87,8 @@ def test_speed_ups_are_those_of_the_rows(results):
     targets = made.tables[-1].frame
     assert list(targets["met"]) == ["missed", "yes"] and list(targets["target"]) == [">= 4", "<= 4"]
     assert set(made.figures) == {"scaling", "speedup", "roofline"}
+    (speedups,) = made.figures["speedup"].axes
+    assert [text.get_text() for text in speedups.texts] == list(first["dense, training width"])
     absent = ("latency", "training", "routing", "memory", "crossover")
     assert list(made.remarks) == [f"bench: no rows of suite={suite}" for suite in absent]
 

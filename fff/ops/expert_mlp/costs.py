@@ -72,14 +72,14 @@ def counts(backend: str, problem: Problem, gradient: bool) -> Counts:
 #   python -m fff.bench.crossover results/bench/crossover.csv
 COSTS: dict[bool, dict[str, Cost]] = {
     False: {
-        "dense": Cost(106, 0, 0.000466, 0.00347, 0.000135, 1.15e-05),
-        "grouped": Cost(99.9, 19.7, 0.000454, 0.00267, 0.000209, 9.82e-06),
-        "gather": Cost(59.9, 0, 0.00117, 0.0179, 0.00123, 0),
+        "dense": Cost(105, 0, 0.000561, 0.00342, 0.000157, 1.15e-05),
+        "grouped": Cost(101, 20.2, 0.000467, 0.00261, 0.000195, 9.21e-06),
+        "gather": Cost(60, 0, 0.00124, 0.0179, 0.00123, 0),
     },
     True: {
-        "dense": Cost(313, 0, 0.00158, 0.00919, 0.000252, 1.14e-05),
-        "grouped": Cost(689, 27.6, 0.0019, 0.00402, 0.000203, 1.44e-05),
-        "gather": Cost(256, 0, 0.00345, 0.114, 0.000137, 0.000504),
+        "dense": Cost(317, 0, 0.00182, 0.00978, 0.00026, 1.12e-05),
+        "grouped": Cost(699, 28.7, 0.00202, 0.00418, 0.000235, 1.22e-05),
+        "gather": Cost(259, 0, 0.00475, 0.122, 0.000156, 0.000464),
     },
 }
 

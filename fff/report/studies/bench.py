@@ -73,7 +73,7 @@ def report(data: StudyData) -> Report:
     made += _gpu(rows)
     drawn = {
         "scaling": figure_scaling(rows[rows["suite"] == "scaling"]),
-        "speedup": figure_speedup(rows[rows["suite"] == "inference"]),
+        "speedup": figure_speedup(rows[rows["suite"] == "inference"], ratios),
         "roofline": figure_roofline(rows[rows["suite"].isin(["inference", "scaling"])]),
     }
     tables = [*made, targets(ratios[ratios["suite"] != "crossover"])]
@@ -100,8 +100,8 @@ def _grid(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _inference(rows: pd.DataFrame, ratios: pd.DataFrame) -> Table:
-    rows = rows[rows["case"].str.startswith("grid")]
+def _slower(rows: pd.DataFrame, ratios: pd.DataFrame) -> pd.DataFrame:
+    """How many times longer than ours each candidate (columns) takes, by size (rows)."""
     times = _grid(rows)
     slower = times.div(times[OURS], axis=0)
     # Where samples of the same rounds were divided, that counts: a slow phase of the machine cancels.
@@ -110,6 +110,12 @@ def _inference(rows: pd.DataFrame, ratios: pd.DataFrame) -> Table:
     for case, name, median in zip(paired["case"], paired["of"], paired["median"], strict=True):
         if name in slower:
             slower.loc[tuple(sizes.loc[case]), name] = median
+    return slower
+
+
+def _inference(rows: pd.DataFrame, ratios: pd.DataFrame) -> Table:
+    rows = rows[rows["case"].str.startswith("grid")]
+    times, slower = _grid(rows), _slower(rows, ratios)
     share = rows[rows["candidate"] == OURS].set_index(_SIZES)["floor_share"]
     frame = pd.DataFrame(
         {
@@ -122,12 +128,14 @@ def _inference(rows: pd.DataFrame, ratios: pd.DataFrame) -> Table:
     )
     note = (
         f"{machine(rows)}. Hard evaluation, 768 -> 768, leaf width 32, float32, one thread: how many times longer each"
-        " other takes than ours with the native operators, median over the rounds in which both ran. Each call has the"
-        " same rows as the one before, so that what they hit may still lie in a cache. Dense layers and the MoE compute"
-        " other functions; all others gave the same outputs before they were timed. Floor: the larger of counted"
-        " operations over the measured matmul rate and counted bytes over the measured bandwidth."
+        " other takes than ours with the native operators (below 1x ours takes longer), median over the rounds in which"
+        " both ran. Each call has the same rows as the one before, so that what they hit may still lie in a cache."
+        " Dense layers and the MoE compute other functions; all others gave the same outputs before they were timed."
+        " Floor: the larger of counted operations over the measured matmul rate and counted bytes over the measured"
+        " bandwidth, as in a roofline."
     )
-    return Table("bench", "Hard evaluation on one CPU thread", frame, note, text_columns=2)
+    title = "Hard evaluation on one CPU thread: how many times longer others take than ours"
+    return Table("bench", title, frame, note, text_columns=2)
 
 
 def _times(values: pd.Series) -> list[str]:
@@ -377,7 +385,7 @@ def figure_scaling(rows: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def figure_speedup(rows: pd.DataFrame) -> Figure | None:
+def figure_speedup(rows: pd.DataFrame, ratios: pd.DataFrame) -> Figure | None:
     """How many times faster than a dense layer of the training width, by depth and batch."""
     rows = rows[rows["case"].str.startswith("grid")]
     if rows.empty:
@@ -385,7 +393,7 @@ def figure_speedup(rows: pd.DataFrame) -> Figure | None:
     times = _grid(rows)
     if not {OURS, "dense"} <= set(times.columns):
         return None
-    ratio = (times["dense"] / times[OURS]).unstack("batch")
+    ratio = _slower(rows, ratios)["dense"].unstack("batch")
     figure = Figure(figsize=(4.2, 2.8), layout="constrained")
     axes = figure.subplots()
     axes.imshow(ratio.map(lambda value: max(value, 1.0)).to_numpy(), norm="log", cmap="Blues", aspect="auto")
