@@ -49,9 +49,11 @@ def inspect(layer: FFF, x: Tensor, labels: Tensor | None = None) -> Inspection:
     if labels is not None and (labels.is_floating_point() or labels.numel() and labels.min() < 0):
         raise ValueError(f"labels of {labels.dtype} from {labels.min()} on must be integers >= 0")
     before = layer.training, layer.record
-    layer.eval()(rows)
-    record = layer.record
-    layer.train(before[0]).record = before[1]
+    try:
+        layer.eval()(rows)
+        record = layer.record
+    finally:
+        layer.train(before[0]).record = before[1]
     leaf = (record.index % 2**layer.depth).view(rows.shape[0], layer.num_trees, layer.top_k)
     node = path_to(leaf, layer.depth).node
     margin = (

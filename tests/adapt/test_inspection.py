@@ -110,6 +110,15 @@ def test_a_tree_that_no_row_reached_keeps_a_leaf():
     assert prune(FFF(6, 3, depth=0), torch.zeros(1)).num_leaves == 1
 
 
+def test_a_layer_that_fails_stays_as_it_was():
+    layer = FFF(6, 3, depth=2).train()
+    layer(torch.randn(3, 6))
+    before = layer.record
+    with pytest.raises((RuntimeError, TypeError)):
+        inspect(layer, torch.randn(3, 6, dtype=torch.float64))
+    assert layer.training and layer.record is before
+
+
 def test_what_cannot_be_pruned_or_inspected_is_refused():
     with pytest.raises(ValueError, match="gated"):
         prune(FFF(6, 3, depth=2, mode="gated"), torch.ones(4))

@@ -89,6 +89,7 @@ def assert_computes(call, index, **options):
         (40, 33, 3, 33, 49, 2),  # more units and columns than fit one block
         (0, 4, 6, 2, 3, 2),  # no row
         (1, 4, 6, 2, 3, 2),  # one row
+        (7, 4, 6, 2, 3, 0),  # no choice
         (9, 5, 3, 1, 1, 3),  # one unit, one output, all experts
         (150, 16, 1, 4, 5, 1),  # one expert with several tiles
         (30, 3, 60, 2, 2, 1),  # experts without rows, more groups than choices

@@ -528,9 +528,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _summed(parts: Tensor, choices: int) -> Tensor:
+def _summed(parts: Tensor, index: Tensor) -> Tensor:
     """(M, O) parts of each choice -> (T, O)."""
-    return parts if choices == 1 else parts.unflatten(0, (-1, choices)).sum(1)
+    return parts if index.shape[1] == 1 else parts.unflatten(0, index.shape).sum(1)
 
 
 @torch.library.custom_op(
@@ -582,7 +582,7 @@ def triton_expert_mlp(
                 num_warps=size.warps,
                 num_stages=size.stages,
             )
-    return _summed(y, index.shape[1]), pre, *order
+    return _summed(y, index), pre, *order
 
 
 @triton_expert_mlp.register_fake
@@ -702,7 +702,7 @@ def triton_expert_mlp_backward(
             )
         of_w_in = sums(grad_pre, x, w_in, b_in, True) if need_in else (nothing, nothing)
         of_w_out = sums(gated_hidden, grad, w_out, b_out, False) if need_out else (nothing, nothing)
-    grad_x = _summed(grad_x, index.shape[1]) if need_x else grad_x
+    grad_x = _summed(grad_x, index) if need_x else grad_x
     found = grad_x, grad_gate, *of_w_in, *of_w_out
     # A custom operator returns no tensor twice.
     return [tensor if needed else x.new_empty(0) for tensor, needed in zip(found, need, strict=True)]
@@ -773,7 +773,7 @@ def triton_expert_mlp_single(
                 COLUMNS=max(32, min(256, 8192 // _padded(w_out.shape[1]))),
                 num_warps=8,
             )
-    return _summed(y, index.shape[1])
+    return _summed(y, index)
 
 
 @triton_expert_mlp_single.register_fake
