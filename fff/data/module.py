@@ -39,6 +39,12 @@ class Rows(NamedTuple):
 class InMemoryData(LightningDataModule, ABC):
     """Loaders over `Rows`; one tenth of the training split is held out for validation.
 
+    A data set of your own is a subclass whose `load` gives the rows:
+
+        class Mine(fff.data.InMemoryData):
+            def load(self):
+                return fff.data.Rows(train_x, train_y, test_x, test_y, ["cat", "dog"])  # x float32, y int64
+
     seed: order of the training batches (of the run).  split_seed: choice of the validation rows; it is a number of its
         own so that runs with different seeds are validated on the same rows.
     eval_batch_size: rows in a batch of the three unshuffled loaders.

@@ -154,9 +154,9 @@ def _beside_paper(data: StudyData, cells: Cells, paper: dict[tuple[str, int], Ce
         data.name,
         "Table 2: CIFAR-10, dense layers, mixtures and trees",
         pd.DataFrame(lines),
-        f"{_NOTE} Width: hidden units that are trained; mixtures and trees evaluate 32. {layers}. Of several layers the"
-        " one with the best validation accuracy stands here, the others below, where epochs and runs are told too. –:"
-        " not run.",
+        f"{_NOTE} Width: hidden units that are trained; mixtures and trees evaluate 32. {layers}. Where"
+        " several layers were tried, the one with the best validation accuracy is shown; all of them, with epochs and"
+        " runs, are below. –: not run.",
         2,
     )
 
