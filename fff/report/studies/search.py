@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,6 +24,7 @@ _ARCHITECTURES = {
 # What a class takes for an argument that the configuration leaves out: by place, class and argument.
 _DEFAULTS = {
     ("layer", "fff.FFF", "runner_up"): "false",
+    ("layer", "fff.FFF", "base"): "false",
     ("model", "fff.models.Classifier", "noise"): "0.0",
     ("task.optimizer", "torch.optim.AdamW", "weight_decay"): "0.01",
 }
@@ -31,6 +34,7 @@ _NAMES = {
     "layer.num_experts": "experts",
     "layer.depth": "depth",
     "layer.runner_up": "runner-up",
+    "layer.base": "base",
     "layer.balance_weight": "balance",
     "task.optimizer.lr": "learning rate",
     "task.optimizer.weight_decay": "weight decay",
@@ -38,6 +42,7 @@ _NAMES = {
     "model.noise": "noise",
     "task.label_smoothing": "label smoothing",
     "layer.drop": "dropout",
+    "task.schedules.temperature": "temperature",
 }
 _WORDS = {"": MISSING, "true": "yes", "false": "no"}
 _MODEL = ["architecture", "size", "model"]
@@ -128,9 +133,14 @@ def _varied(cells: pd.DataFrame) -> list[str]:
     ]
 
 
+def _word(value: str) -> str:
+    # A product such as 7 * 0.025 has digits that say nothing.
+    return _WORDS.get(value, re.sub(r"\d+\.\d{9,}", lambda number: f"{float(number[0]):g}", value))
+
+
 def _frame(cells: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     ordered = [name for name in _NAMES if name in settings] + [name for name in settings if name not in _NAMES]
-    columns = {_NAMES.get(name, name): cells[name].map(lambda value: _WORDS.get(value, value)) for name in ordered}
+    columns = {_NAMES.get(name, name): cells[name].map(_word) for name in ordered}
     accuracy = zip(cells["val_accuracy_mean"], cells["val_accuracy_std"], strict=True)
     columns["validation"] = [spread(*values, decimals=2) for values in accuracy]
     columns["MA"] = [percent(value, decimals=2) for value in cells["ma_mean"]]
