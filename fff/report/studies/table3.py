@@ -193,7 +193,8 @@ def _tables(data: StudyData, part: Part) -> list[Table]:
             _routing(part),
             f"{_NOTE} On test rows, means over the runs. Leaves in use: leaves that at least one token reaches, over"
             " all blocks; largest: of any block. Node entropy: mean over nodes and tokens of all blocks; the paper"
-            f" calls rounding harmless below {figures.HARD_ENTROPY:.2f}.",
+            f" calls rounding harmless below {figures.HARD_ENTROPY:.2f}. Base: leaves deviate from one that they"
+            " share.",
             4,
         ),
         Table(
@@ -244,6 +245,7 @@ def _routing(part: Part) -> pd.DataFrame:
             "largest leaf, % of tokens": percent(cell["largest_leaf_share"]),
             "GA hard / soft": f"{percent(cell['ga_mean'])} / {percent(cell['ga_soft_mean'])}",
             "node entropy, nats": number(cell["node_entropy"], 3),
+            "training": _training(cell),
         }
         for place in part.places
         if place.units
@@ -251,6 +253,14 @@ def _routing(part: Part) -> pd.DataFrame:
         if (cell := part.ours.get((recipe, place))) is not None
     ]
     return pd.DataFrame(lines, columns=None if lines else [*_NONE.words, "source"])
+
+
+def _training(cell: Cell) -> str:
+    """How the leaves of a tree are trained, whose recipes may differ by leaf width."""
+    mode = str(cell.get("layer.mode") or "").replace("_", "-")
+    has = {name: cell.get(f"layer.{name}") == "true" for name in ("runner_up", "base")}
+    words = [mode, "runner-up" if has["runner_up"] else "", "base" if has["base"] else ""]
+    return ", ".join(filter(None, words)) or MISSING
 
 
 def _by_size(part: Part) -> Figure:
