@@ -68,6 +68,8 @@ class Config:
     trainer: Trainer = field(default_factory=Trainer)
 
 
+_ALL = re.DOTALL | re.MULTILINE
+
 # What may differ between two executions of one run: helpers that other keys interpolate, where and how it is executed.
 VOLATILE = (
     "hydra",
@@ -221,14 +223,15 @@ def explain(error: BaseException, schemas: Sequence[type] = (Config, Trainer)) -
                 return f"launcher={option} is not installed: pip install 'fff[{extra}]'"
             return f"{group}={option}: no such option; {suggest(option, link.options)}"
     text = "\n".join(str(link) for link in chain)
-    if bare := re.search(r"In '((?:recipe|budget|experiment)/[^']+)': ValidationError raised while composing", text):
+    # Without that line all that the file says is meant to be below `recipe`, which is a name.
+    if bare := re.search(r"In '((recipe|budget|experiment)/[^']+)': \w+ raised[^']*'[^']*'.*full_key: \2$", text, _ALL):
         return f"{bare.group(1)}.yaml must begin with the line `# @package _global_`"
     if unknown := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)\s+full_key: (\S+)", text):
         name, owner, path = unknown.groups()
         schema = next((schema for schema in schemas if schema.__name__ == owner), None)
         parent = path.rpartition(".")[0] or "the configuration"
         return no_such(path, parent, name, [f.name for f in fields(schema)] if schema else [])
-    text = re.sub(r"\w+ raised while resolving interpolation: ", "", str(chain[-1]))
+    text = re.sub(r"\w+ raised while (resolving interpolation|composing config):\s", "", str(chain[-1]))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     # OmegaConf appends its own book-keeping (full_key, object_type, reference_type), Hydra its search path.

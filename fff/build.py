@@ -9,13 +9,15 @@ from pathlib import Path
 
 from fff.ops.expert_mlp import cpu
 
+_made: set[Path] = set()  # in this process
+
 
 def build() -> Path:
     """The compiled library, made if there is none that loads; RuntimeError with the compiler's output if that fails."""
     from torch.utils import cpp_extension  # imports the compiler's tools
 
     path = cpu.library_path()
-    if path.exists() and cpu.available():
+    if path.exists() and (path in _made or not cpu.broken()):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = cpu.compiler_flags()
@@ -32,6 +34,7 @@ def build() -> Path:
             is_python_module=False,
         )
         os.replace(Path(folder, "fff_native.so"), path)
+    _made.add(path)
     return path
 
 

@@ -49,8 +49,8 @@ def replace_feedforward(
 
     What surrounds a block stays: residual, norm, dropout of the output (by its probability, as a new module).
     Activation, gate, dropout of hidden units and a norm between the maps leave with it: the new layer has those of
-    `make_ff`, so pass `act_layer="gelu"` for GPT-2, BERT and ViTs, `act_layer="silu", glu=True, bias=False` for Llama
-    to keep them; the report tells both. A block that occurs several times in
+    `make_ff`, so pass `act_layer="gelu"` for BERT and ViTs, "gelu_tanh" for GPT-2, `act_layer="silu", glu=True,
+    bias=False` for Llama to keep them; the report tells both. A block that occurs several times in
     the model (shared weights) becomes one layer.
 
     The fused evaluation of torch's `nn.TransformerEncoderLayer`, which would read the old weights, is switched off for

@@ -25,10 +25,11 @@ def count_flops(call: Callable[[], object]) -> int:
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Operations of what torch's counter does not know, by operator."""
     known = {
-        torch.ops.aten._grouped_mm: _grouped_mm,
         torch.ops.fff.grouped_linear: _grouped_linear,
         torch.ops.fff.grouped_linear_backward: _grouped_linear_backward,
     }
+    if hasattr(torch.ops.aten, "_grouped_mm"):
+        known[torch.ops.aten._grouped_mm] = _grouped_mm
     if cpu.available():
         known |= {
             torch.ops.fff.native_expert_mlp: _expert_mlp,
@@ -56,7 +57,9 @@ def _row(weight: Tensor) -> int:
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * x.shape[0] * x.shape[1] * weight.shape[-1]
+    """Rows by group, (M, A), through (E, A, B) or, for a gradient, (A, B); or one batch of matrices by another."""
+    batches = x.shape[0] if x.dim() == 3 and weight.dim() == 2 else 1  # each meets a part of the columns
+    return 2 * x.numel() // batches * weight.shape[-1]
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Any, offset: Tensor) -> int:

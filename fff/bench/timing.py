@@ -72,13 +72,11 @@ def _nothing() -> None:
 def _repeats(
     call: Callable[[], object], least: float, seconds: Callable[[Callable[[], object], int], float]
 ) -> tuple[int, float]:
-    """How many calls last at least `least` seconds, and how long they last. Tried twice, as one trial may be slow by
-    chance, unless it is far longer than it must be."""
+    """How many calls last at least `least` seconds, and how long they last. The less of two trials counts, as one may
+    be slow by chance."""
     count = 1
     while True:
-        taken = seconds(call, count)
-        if taken < 10 * least:
-            taken = max(min(taken, seconds(call, count)), 1e-9)
+        taken = max(min(seconds(call, count), seconds(call, count)), 1e-9)
         if taken >= least:
             return count, taken
         count = max(count + 1, math.ceil(count * min(least / taken, 100)))

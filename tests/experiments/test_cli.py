@@ -53,7 +53,11 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path, monkeypatch):
     }.items():
         (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
     (tmp_path / "conf" / "recipe").mkdir()
-    (tmp_path / "conf" / "recipe" / "bare.yaml").write_text("task: {optimizer: {lr: 0.01}}\n")
+    for name in ("recipe/bare", "experiment/bare"):
+        (tmp_path / "conf" / f"{name}.yaml").write_text("task: {optimizer: {lr: 0.01}}\n")
+    (tmp_path / "conf" / "recipe" / "wrong.yaml").write_text(
+        "# @package _global_\nrecipe: wrong\ntrainer: {max_epochs: x}\n"
+    )
     mine = ["--config-dir", str(tmp_path / "conf")]
     cases = [
         (["layer.dpth=3"], "layer.dpth: fff.FFF has no 'dpth'; did you mean 'depth'?"),
@@ -108,6 +112,8 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path, monkeypatch):
         ([*mine, "experiment=sweep_typo"], "layer.depth: width=17 must be leaf_width=8 times"),
         ([*mine, "experiment=no_yaml"], "while parsing"),
         ([*mine, "recipe=bare"], "recipe/bare.yaml must begin with the line `# @package _global_`"),
+        ([*mine, "experiment=bare"], "experiment/bare.yaml must begin with the line `# @package _global_`"),
+        ([*mine, "recipe=wrong"], "trainer.max_epochs: In 'recipe/wrong': Value 'x' of type 'str' could not"),
     ]
     elsewhere = f"runs_dir={tmp_path / 'runs'}"
     benchmarks = [

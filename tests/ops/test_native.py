@@ -382,14 +382,25 @@ def test_a_spoilt_library_is_built_again(tmp_path, monkeypatch):
     path = tmp_path / "native.so"
     path.write_text("spoilt")
     monkeypatch.setattr(cpu, "library_path", lambda: path)
-    monkeypatch.setattr(
-        "torch.utils.cpp_extension.load", lambda *, build_directory, **_: Path(build_directory, "fff_native.so").touch()
-    )
-    monkeypatch.setattr(cpu, "_missing", "it cannot be loaded")
-    assert build() == path and not path.read_bytes()
-    path.write_text("loaded")
-    monkeypatch.setattr(cpu, "_missing", "")
-    assert build() == path and path.read_text() == "loaded"
+    made = []
+
+    def compiled(*, build_directory, **_):
+        Path(build_directory, "fff_native.so").write_text("compiled")
+        made.append(build_directory)
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", compiled)
+    monkeypatch.setattr(cpu, "_missing", "it cannot be loaded (it is spoilt)")
+    assert build() == build() == path
+    assert path.read_text() == "compiled" and len(made) == 1, "a library must not be loaded twice"
+
+
+def test_a_library_is_built_once(tmp_path, monkeypatch):
+    path = tmp_path / "native.so"
+    path.write_text("by another process")
+    monkeypatch.setattr(cpu, "library_path", lambda: path)
+    for missing in ("", "it is not built"):
+        monkeypatch.setattr(cpu, "_missing", missing)
+        assert build() == path and path.read_text() == "by another process"
 
 
 def test_a_failed_build_says_why_and_names_the_fallback(tmp_path):

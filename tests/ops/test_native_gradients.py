@@ -212,8 +212,21 @@ def test_a_penalty_of_gradients_is_refused_rather_than_wrong(layer):
         y = layer.train(train)(x).sum()
         assert layer.record.backend == "native"
         (grad,) = torch.autograd.grad(y, x, create_graph=True)
+        penalty = grad.norm(dim=1).sub(1).square().mean()
+        parameters = [layer.w_in, layer.w_out]
         with pytest.raises(RuntimeError, match="no second derivative"):
-            grad.norm(dim=1).sub(1).square().mean().backward()
+            torch.autograd.grad(y + penalty, parameters, retain_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            penalty.backward(inputs=parameters, retain_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            penalty.backward()
+
+
+def test_a_hessian_is_refused_rather_than_zero():
+    layer = FFF(4, 3, 2, depth=2, act_layer="gelu").eval()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.functional.hessian(lambda x: layer(x).sum(), torch.randn(2, 4))
+    assert layer.record.backend == "native"
 
 
 def test_bfloat16_has_no_native_gradient():

@@ -70,6 +70,11 @@ def available() -> bool:
     return not _missing
 
 
+def broken() -> bool:
+    """Whether there was a library that could not be loaded."""
+    return _missing.startswith("it cannot be loaded")
+
+
 if not _missing:
 
     @torch.library.register_fake("fff::native_expert_mlp")
@@ -137,8 +142,10 @@ def _given(gradients: Iterable[Tensor], needed: Iterable[bool]) -> list[Tensor |
 
 
 class _Undifferentiable(torch.autograd.Function):
+    """A gradient, in whose own history stands all that it was computed from."""
+
     @staticmethod
-    def forward(ctx, gradient):
+    def forward(ctx, gradient, *sources):
         return gradient.clone()
 
     @staticmethod
@@ -157,7 +164,8 @@ def _once_differentiable(backward: Callable) -> Callable:
             found = backward(ctx, *gradients)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return found
-        return tuple(None if t is None else _Undifferentiable.apply(t.requires_grad_()) for t in found)
+        sources = *gradients, *ctx.saved_tensors
+        return tuple(None if t is None else _Undifferentiable.apply(t, *sources) for t in found)
 
     return checked
 
