@@ -77,13 +77,16 @@ def test_mixtures_and_none_have_lines_of_their_own(write, sections):
     assert cells_of(routing, "mixture (switch)", "16", "128")[-1] == "–"
 
 
-def test_how_trees_of_different_leaves_are_trained_is_told(write, sections):
+def test_trees_with_and_without_a_base_stand_side_by_side(write, sections):
     tree = {"_target_": "fff.FFF", "mode": "straight_through", "runner_up": True, "leaf_width": 16, "depth": 3}
-    write(16, 3, layer=tree | {"base": True})
-    write(8, 4, layer=tree | {"leaf_width": 8, "depth": 4})
-    *_, routing, _ = sections()
-    assert cells_of(routing, "tree", "16", "128")[-1] == "straight-through, runner-up, base"
-    assert cells_of(routing, "tree", "8", "128")[-1] == "straight-through, runner-up"
+    write(16, 3, layer=tree | {"base": True}, ga=0.6)
+    write(16, 3, layer=tree, ga=0.5)
+    write(128)
+    beside, dense, routing, _ = sections()
+    assert cells_of(beside, "tree", "16", "128")[-1] == "50.0 ± –"
+    assert cells_of(beside, "tree, base", "16", "128")[-1] == "60.0 ± –"
+    assert "| tree, base |" in dense
+    assert cells_of(routing, "tree, base", "16", "128")[-1] == "straight-through, runner-up"
 
 
 def test_the_entropy_of_each_block_is_drawn_where_it_was_kept(write, update, results_dir):

@@ -36,12 +36,13 @@ _RECIPES = {"paper_vit_5": "paper's recipe, h = 5", "paper_vit_10": "paper's rec
 # Recipes that differ in trees alone: the other layers of the first are those of the second.
 _TRAINED_AS = {"paper_vit_10": "paper_vit_5"}
 _LAYERS = {"FeedForward": "dense", "FFF": "tree", "MoE": "mixture", "NoFeedForward": "none"}
+_TREES = ("tree", "tree, base")
 _UNITS = ("layer.leaf_width", "layer.expert_width")
 _KEY = ["data", "recipe", "layer", "units", "width"]
 
 
 class Place(NamedTuple):
-    """layer: "dense", "tree", "mixture (router)" or "none".  units: of one leaf or expert, 0 for other layers.
+    """layer: "dense", one of `_TREES`, "mixture (router)" or "none".  units: of one leaf or expert, 0 for other layers.
     width: training width of one block."""
 
     layer: str
@@ -67,7 +68,7 @@ class Part(NamedTuple):
 
     def cell(self, recipe: str, place: Place) -> Cell | None:
         found = self.ours.get((recipe, place))
-        if found is None and place.layer != "tree":
+        if found is None and place.layer not in _TREES:
             return self.ours.get((_TRAINED_AS.get(recipe, ""), place))
         return found
 
@@ -76,15 +77,15 @@ class Part(NamedTuple):
 
     def source(self, recipe: str, place: Place) -> str:
         """Layers that have no hardening share a recipe of the paper's."""
-        shared = place.layer != "tree" and recipe in _TRAINED_AS.values()
+        shared = place.layer not in _TREES and recipe in _TRAINED_AS.values()
         return "paper's recipe" if shared else self.recipes[recipe]
 
     @property
     def places(self) -> list[Place]:
         """Ours and the paper's: trees after the dense layers as wide, then what is narrower, mixtures and none."""
         found = {*self.paper, *(place for _, place in self.ours)}
-        trained = {place.width for place in found if place.layer == "tree"}
-        order = {"dense": 0, "tree": 0, "none": 3}
+        trained = {place.width for place in found if place.layer in _TREES}
+        order = {"dense": 0, **dict.fromkeys(_TREES, 0), "none": 3}
         return sorted(
             found,
             key=lambda p: (
@@ -98,7 +99,7 @@ class Part(NamedTuple):
     @property
     def trees(self) -> list[tuple[str, Place, Cell]]:
         """Recipe, place and cell of each tree that was run, in the order of the table."""
-        every = ((recipe, place) for place in self.places if place.layer == "tree" for recipe in self.recipes)
+        every = ((recipe, place) for place in self.places if place.layer in _TREES for recipe in self.recipes)
         return [(recipe, place, cell) for recipe, place in every if (cell := self.cell(recipe, place))]
 
 
@@ -120,8 +121,10 @@ def report(data: StudyData) -> Report:
         raise ValueError(f"{data.name} has no run of a transformer by a known recipe")
     runs["width"] = (runs["metrics.training_width"] / runs["blocks"]).astype(int)
     mixture = runs["layer"] == "mixture"
+    based = (runs["layer"] == "tree") & (text(runs, "layer.base") == "true")
+    runs["layer"] = runs["layer"].mask(based, "tree, base")
     runs["layer"] = runs["layer"].mask(mixture, "mixture (" + text(runs, "layer.router") + ")")
-    runs["recipe"] = runs["recipe"].where(runs["layer"] == "tree", runs["recipe"].replace(_TRAINED_AS))
+    runs["recipe"] = runs["recipe"].where(runs["layer"].isin(_TREES), runs["recipe"].replace(_TRAINED_AS))
     summary = summarize(runs, keep=[*_KEY, "blocks"])
     cells = placed(data, runs, summary.to_dict("records"), _KEY)
     order = (*_RECIPES, *sorted(set(runs["recipe"]) - set(_RECIPES)))
@@ -177,7 +180,7 @@ def _tables(data: StudyData, part: Part) -> list[Table]:
             f"{title}: a vision transformer by its feedforward layers, GA",
             pd.DataFrame(beside),
             f"{_NOTE} Paper: Table 3, patches of 4 pixels; h: hardening weight. Leaf width of a mixture: that of an"
-            " expert. None: attention alone.",
+            " expert. Base: leaves deviate from one that they share. None: attention alone.",
         ),
         Table(
             f"{label}_dense",
@@ -193,8 +196,7 @@ def _tables(data: StudyData, part: Part) -> list[Table]:
             _routing(part),
             f"{_NOTE} On test rows, means over the runs. Leaves in use: leaves that at least one token reaches, over"
             " all blocks; largest: of any block. Node entropy: mean over nodes and tokens of all blocks; the paper"
-            f" calls rounding harmless below {figures.HARD_ENTROPY:.2f}. Base: leaves deviate from one that they"
-            " share.",
+            f" calls rounding harmless below {figures.HARD_ENTROPY:.2f}.",
             4,
         ),
         Table(
@@ -256,11 +258,8 @@ def _routing(part: Part) -> pd.DataFrame:
 
 
 def _training(cell: Cell) -> str:
-    """How the leaves of a tree are trained, whose recipes may differ by leaf width."""
-    mode = str(cell.get("layer.mode") or "").replace("_", "-")
-    has = {name: cell.get(f"layer.{name}") == "true" for name in ("runner_up", "base")}
-    words = [mode, "runner-up" if has["runner_up"] else "", "base" if has["base"] else ""]
-    return ", ".join(filter(None, words)) or MISSING
+    mode = str(cell.get("layer.mode") or MISSING).replace("_", "-")
+    return f"{mode}, runner-up" if cell.get("layer.runner_up") == "true" else mode
 
 
 def _by_size(part: Part) -> Figure:
@@ -270,7 +269,7 @@ def _by_size(part: Part) -> Figure:
     lines: dict[str, list[Cell]] = {}
     # Trees before mixtures, so that they keep their colours when mixtures are run.
     order = list(part.recipes)
-    keys = sorted(part.ours, key=lambda key: (key[1].layer != "tree", key[1].layer, order.index(key[0])))
+    keys = sorted(part.ours, key=lambda key: (key[1].layer not in _TREES, key[1].layer, order.index(key[0])))
     for recipe, place in keys:
         if place != _NONE:
             name = f"{place.layer}, {part.source(recipe, place)}"
@@ -306,14 +305,14 @@ def _figure6(data: StudyData, part: Part) -> Figure | None:
             if (column := f"node_entropy_{layer}") in own:
                 name = f"{cell['cell']}, layer {layer}"
                 histories.append(own.assign(cell=name, node_entropy=own[column]))
-                family = f"{part.recipes[recipe]},\nleaf width {place.units}"
+                family = f"{place.layer}, {part.recipes[recipe]},\nleaf width {place.units}"
                 cells.append({"cell": name, "family": family, "layer": layer})
     return figures.entropy(pd.concat(histories), pd.DataFrame(cells), shade="layer") if cells else None
 
 
 def _leaves(part: Part) -> Figure | None:
     """Each block of each run by itself."""
-    trees = part.runs[part.runs["layer"] == "tree"]
+    trees = part.runs[part.runs["layer"].isin(_TREES)]
     palette = {
         source: figures.PALETTE[i % len(figures.PALETTE)]
         for i, (recipe, source) in enumerate(part.recipes.items())
