@@ -71,6 +71,14 @@ def test_longer_runs_of_a_layer_stand_beside_the_others(write_run, sections):
     assert cells_of(every, "our recipe", "dense, 200 epochs", "64")[1] == "60.0 ± –"
 
 
+def test_a_temperature_that_falls_is_told(write_run, sections):
+    ours(write_run, width=32, depth=2, ga=0.5)
+    ours(write_run, width=32, depth=2, ga=0.6, schedules={"temperature": [[0, 1.0], [9, 0.1]]})
+    *_, every = sections()
+    assert cells_of(every, "our recipe", "FFF 32, soft", "128")[1] == "50.0 ± –"
+    assert cells_of(every, "our recipe", "FFF 32, soft, temperature falls", "128")[1] == "60.0 ± –"
+
+
 def test_two_configurations_of_one_layer_are_refused(write_run, sections):
     ours(write_run, width=32)
     write_run("table2", data="cifar10", recipe="cifar", optimizer={**ADAMW, "lr": 0.5}, width=32)

@@ -97,7 +97,8 @@ def _row(run: dict[str, str]) -> Row:
     trees = "" if num_trees == "1" else f"{num_trees} x "
     master = f" + master {run['layer.master_width']}" if has("master_width") else ""
     mode = run["layer.mode"].replace("_", "-") + (", runner-up" if has("runner_up") else "")
-    return Row("fff", f"FFF {trees}{run['layer.leaf_width']}{master}, {mode}{base}")
+    falls = ", temperature falls" if run.get("task.schedules.temperature") else ""
+    return Row("fff", f"FFF {trees}{run['layer.leaf_width']}{master}, {mode}{base}{falls}")
 
 
 def _longer(runs: pd.DataFrame) -> pd.Series:
