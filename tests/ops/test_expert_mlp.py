@@ -222,7 +222,7 @@ def test_auto_backend():
         assert resolve_backend("auto", hard, gradient=gradient) == "grouped"
         # Single rows copy less than they sort; a few small experts are one small matmul.
         assert resolve_backend("auto", hard._replace(rows=1), gradient=gradient) == "gather"
-        assert resolve_backend("auto", Problem(2048, 64, 2, 2, 10, 2), gradient=gradient) == "dense"
+        assert resolve_backend("auto", Problem(256, 64, 2, 2, 10, 2), gradient=gradient) == "dense"
     assert resolve_backend("auto", hard, exporting=True) == "gather"
     assert resolve_backend("auto", Problem(256, 256, 128, 1, 10, 1), compiling=True) == "grouped"
 
