@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,10 @@ def dispatch(
     peers: Sequence[str],
     dtype: str = "bfloat16",
 ) -> dict[str, Candidate]:
-    """One expert for each row, on given even routes; peers: backends of `expert_mlp`, "grouped_mm"; also as graphs."""
+    """One expert for each row, on given even routes.
+
+    peers: backends of `expert_mlp`, "grouped_mm"; "triton_" and a `forced` choice; each also as a graph.
+    """
     layer = FFF(in_features, leaf_width, out_features, depth=num_experts.bit_length() - 1).to(getattr(torch, dtype))
     if layer.num_leaves != num_experts:
         raise ValueError(f"num_experts={num_experts} must be a power of two")
@@ -130,6 +134,8 @@ def dispatch(
         for name in ("triton", "grouped")
     }
     known["grouped_mm"] = given(lambda r: grouped_mm(r, index, None, *experts, F.relu)) if takes else lambda rows: None
+    for name in {peer.removesuffix(GRAPH) for peer in peers} - set(known):
+        known |= {name: forced(known["triton"], name.removeprefix("triton_"))} if name.startswith("triton_") else {}
     found = _candidates(peers, known, x)
     return {name: c._replace(backend=name.removesuffix(GRAPH), counted=False) for name, c in found.items()}
 
@@ -139,7 +145,8 @@ def routing(
 ) -> dict[str, Candidate]:
     """The decisions alone: a tree's 2^d leaves against a flat gate over as many experts.
 
-    peers: "descend" by Triton kernels, "descend_pytorch", "gate" (one product and an argmax); each also as a graph.
+    peers: "descend" by Triton kernels, "descend_levels<n>" with so many levels by matmul, "descend_pytorch", "gate" (one
+        product and an argmax); each also as a graph.
     """
     nodes = FFF(in_features, 1, 1, depth=depth).to(getattr(torch, dtype))
     weight, bias = nodes.node_weight.detach(), nodes.node_bias.detach()
@@ -166,17 +173,21 @@ def routing(
 
         return make
 
-    def kernels(rows: Tensor) -> Peer:
-        from fff.ops.tree_route.triton import descend
+    def kernels(levels: int | None) -> Make:
+        def find(rows: Tensor) -> Tensor:
+            from fff.ops.tree_route.triton import descend
 
-        return descent(lambda rows: descend(rows, weight, bias, None, 1, depth)[0])(rows)
+            return descend(rows, weight, bias, None, 1, depth, levels=levels)[0]
+
+        return descent(find)
 
     def flat(rows: Tensor) -> Peer:
         work = Work(2 * batch * gate.numel(), size * (x.numel() + gate.numel()) + indices)
         return Peer(nn.Module(), lambda: {"expert": F.linear(rows, gate).argmax(-1)}, None, work)
 
     known = {
-        "descend": kernels,
+        "descend": kernels(None),
+        **{f"descend_levels{levels}": kernels(levels) for levels in range(min(depth, 7) + 1)},
         "descend_pytorch": descent(partial(_greedy, nodes)),
         "gate": flat,
     }
@@ -197,7 +208,7 @@ def tree_training(
     """Forward and backward, for the rows and all parameters, of layers within a network; gelu.
 
     peers: "fff" (straight-through, balance loss) by the Triton kernels, "fff_grouped", "moe_top_1", "moe_top_2" by
-        the Triton kernels, with balance loss; "grouped_mm_top_1", "grouped_mm_top_2" (`GroupedMmExperts`); "dense" (of
+        the Triton kernels, with balance loss; "fff_tiles<sizes>" (`forced`); "grouped_mm_top_1", "grouped_mm_top_2" (`GroupedMmExperts`); "dense" (of
         the training width); each also as a graph.
     block: x + layer(norm(x)), and a step of AdamW. What is compared is the layer within.
     """
@@ -230,11 +241,13 @@ def tree_training(
         options = {"num_experts": 2**depth, "top_k": top_k, "router": router, "balance_weight": BALANCE}
         return lambda: MoE(*sizes, act_layer="gelu", backend="triton", **options)
 
+    tiled = {peer.removesuffix(GRAPH) for peer in peers if peer.startswith("fff_tiles")}
     known = {
         "fff": step(tree("triton"), _tree_gradients),
         "fff_grouped": step(tree("grouped"), _tree_gradients),
         "moe_top_1": step(moe(1), _moe_gradients),
         "moe_top_2": step(moe(2), _moe_gradients),
+        **{name: forced(step(tree("triton"), _tree_gradients), name[4:]) for name in tiled},
         "dense": step(lambda: dense(in_features, leaf_width * 2**depth, out_features, nn.GELU)),
     }
     for k in (1, 2):
@@ -244,6 +257,33 @@ def tree_training(
     if block:
         known = {name: partial(_in_block, make) for name, make in known.items()}
     return _candidates(peers, known, x)
+
+
+def forced(make: Make, choice: str) -> Make:
+    """`make` with a choice of the dispatch kernels made for them, which are compiled and captured under it.
+
+    choice: "tiles<rows>x<columns>x<warps>x<stages>", "single" (choices one by one, see `few`) or "tiled" (never so).
+    """
+    from fff.ops.expert_mlp import triton
+
+    if choice.startswith("tiles"):
+        size = triton.Tiles(*map(int, choice.removeprefix("tiles").split("x")))
+        target, function = "tiles", lambda *sizes: size
+    elif choice in ("single", "tiled"):
+        target, function = "few", lambda *sizes: choice == "single"
+    else:
+        raise ValueError(f"peers: {choice!r} is none of 'tiles<rows>x<columns>x<warps>x<stages>', 'single', 'tiled'")
+
+    def build(rows: Tensor) -> Peer | None:
+        peer = make(rows)
+
+        def run() -> dict[str, Tensor]:
+            with patch.object(triton, target, function):
+                return peer.run()
+
+        return peer._replace(run=run)
+
+    return build
 
 
 class TreeGroupedMm(nn.Module):

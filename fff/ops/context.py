@@ -16,6 +16,12 @@ HAS_TRITON = find_spec("triton") is not None
 _KNOWS_EXPORT = torch.__version__ >= (2, 13)
 
 
+# Asked here, as dynamo breaks the graph at the question in torch 2.11.
+_AUTOCAST = frozenset(
+    d for d in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(d)
+)
+
+
 def exporting() -> bool:
     """Whether `torch.export` is tracing; before torch 2.13 not seen with `strict=True`."""
     if _KNOWS_EXPORT:
@@ -26,7 +32,7 @@ def exporting() -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast computes in on x's device; None where it is off."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 
