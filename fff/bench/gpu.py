@@ -36,7 +36,7 @@ from fff.ops.expert_mlp import expert_mlp
 from fff.ops.tree_route import DENSE_LEVELS, Nodes, dense_logits, greedy_leaf, path_log_probability, path_to
 
 GRAPH = "_graph"
-OURS = "fff", "fff_grouped", "moe_top_1", "moe_top_2", "triton", "grouped", "descend", "descend_pytorch"
+OURS = "fff", "fff_compiled", "fff_grouped", "moe_top_1", "moe_top_2", "triton", "grouped", "descend", "descend_pytorch"
 # Of AdamW: smaller than any weight's last bit, so that weights and routes stay what they were while steps are repeated.
 LEARNING_RATE = 1e-7
 TOLERANCE = {torch.bfloat16: 2.0**-6}
@@ -73,8 +73,9 @@ def tree_inference(
 ) -> dict[str, Candidate]:
     """Hard evaluation of whole layers: a random tree, its leaves behind flat routers, dense layers.
 
-    peers: "fff" by the Triton kernels, "fff_grouped", "grouped_mm" (the same tree by `torch.nn.functional.grouped_mm`),
-        "moe_top_1", "moe_top_2", "dense" (of the training width), "dense_leaf"; each also as a graph.
+    peers: "fff" by the Triton kernels, "fff_grouped", "grouped_mm" (the same tree by
+        `torch.nn.functional.grouped_mm`), "moe_top_1", "moe_top_2", "dense" (of the training width), "dense_leaf";
+        "fff_compiled", "dense_compiled" under `torch.compile`; each also as a graph.
     """
     layer = FFF(in_features, leaf_width, out_features, depth=depth).to(getattr(torch, dtype)).eval()
     x = torch.randn(batch, in_features, dtype=layer.w_in.dtype)
@@ -86,11 +87,13 @@ def tree_inference(
     takes = takes_grouped_mm(layer.w_out, in_features)
     known = {
         "fff": tree(lambda: shared(layer, "triton")),
+        "fff_compiled": tree(lambda: compiled(shared(layer, "triton"))),
         "fff_grouped": tree(lambda: shared(layer, "grouped")),
         "grouped_mm": tree(lambda: TreeGroupedMm(layer)) if takes else lambda rows: None,
         "moe_top_1": lambda rows: _moe_peer(layer, 1, rows),
         "moe_top_2": lambda rows: _moe_peer(layer, 2, rows),
         "dense": lambda rows: _dense_peer(layer, layer.num_leaves * leaf_width, rows),
+        "dense_compiled": lambda rows: _dense_peer(layer, layer.num_leaves * leaf_width, rows, compiled),
         "dense_leaf": lambda rows: _dense_peer(layer, leaf_width, rows),
     }
     return _candidates(peers, known, x)
@@ -145,8 +148,8 @@ def routing(
 ) -> dict[str, Candidate]:
     """The decisions alone: a tree's 2^d leaves against a flat gate over as many experts.
 
-    peers: "descend" by Triton kernels, "descend_levels<n>" with so many levels by matmul, "descend_pytorch", "gate" (one
-        product and an argmax); each also as a graph.
+    peers: "descend" by Triton kernels, "descend_levels<n>" with so many levels by matmul, "descend_pytorch", "gate"
+        (one product and an argmax); each also as a graph.
     """
     nodes = FFF(in_features, 1, 1, depth=depth).to(getattr(torch, dtype))
     weight, bias = nodes.node_weight.detach(), nodes.node_bias.detach()
@@ -187,7 +190,7 @@ def routing(
 
     known = {
         "descend": kernels(None),
-        **{f"descend_levels{levels}": kernels(levels) for levels in range(min(depth, 7) + 1)},
+        **{f"descend_levels{levels}": kernels(levels) for levels in range(min(depth, 8) + 1)},
         "descend_pytorch": descent(partial(_greedy, nodes)),
         "gate": flat,
     }
@@ -207,9 +210,10 @@ def tree_training(
 ) -> dict[str, Candidate]:
     """Forward and backward, for the rows and all parameters, of layers within a network; gelu.
 
-    peers: "fff" (straight-through, balance loss) by the Triton kernels, "fff_grouped", "moe_top_1", "moe_top_2" by
-        the Triton kernels, with balance loss; "fff_tiles<sizes>" (`forced`); "grouped_mm_top_1", "grouped_mm_top_2" (`GroupedMmExperts`); "dense" (of
-        the training width); each also as a graph.
+    peers: "fff" (straight-through, balance loss) by the Triton kernels, "fff_tiles<sizes>" (`forced`), "fff_grouped";
+        "moe_top_1", "moe_top_2" by the Triton kernels, with balance loss; "grouped_mm_top_1", "grouped_mm_top_2"
+        (`GroupedMmExperts`); "dense" (of the training width); "fff_compiled", "dense_compiled" under `torch.compile`;
+        each also as a graph.
     block: x + layer(norm(x)), and a step of AdamW. What is compared is the layer within.
     """
     kind = getattr(torch, dtype)
@@ -244,11 +248,13 @@ def tree_training(
     tiled = {peer.removesuffix(GRAPH) for peer in peers if peer.startswith("fff_tiles")}
     known = {
         "fff": step(tree("triton"), _tree_gradients),
+        "fff_compiled": step(lambda: compiled(tree("triton")()), _tree_gradients),
         "fff_grouped": step(tree("grouped"), _tree_gradients),
         "moe_top_1": step(moe(1), _moe_gradients),
         "moe_top_2": step(moe(2), _moe_gradients),
         **{name: forced(step(tree("triton"), _tree_gradients), name[4:]) for name in tiled},
         "dense": step(lambda: dense(in_features, leaf_width * 2**depth, out_features, nn.GELU)),
+        "dense_compiled": step(lambda: compiled(dense(in_features, leaf_width * 2**depth, out_features, nn.GELU))),
     }
     for k in (1, 2):
         build = partial(GroupedMmExperts, *sizes, num_experts=2**depth, top_k=k)
@@ -358,6 +364,12 @@ def grouped_mm(
 
 def dense(in_features: int, hidden_features: int, out_features: int, act: type[nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Linear(in_features, hidden_features), act(), nn.Linear(hidden_features, out_features))
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """The module under `torch.compile`, as one graph."""
+    module.compile(fullgraph=True, dynamic=False)
+    return module
 
 
 def captured(run: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
@@ -474,8 +486,10 @@ def _moe_peer(layer: FFF, top_k: int, rows: Tensor) -> Peer:
     return Peer(module.eval(), lambda: {"y": module(rows)}, expected)
 
 
-def _dense_peer(layer: FFF, hidden: int, rows: Tensor) -> Peer:
-    module = dense(layer.in_features, hidden, layer.out_features, nn.ReLU).to(rows.dtype)
+def _dense_peer(
+    layer: FFF, hidden: int, rows: Tensor, finish: Callable[[nn.Module], nn.Module] = lambda module: module
+) -> Peer:
+    module = finish(dense(layer.in_features, hidden, layer.out_features, nn.ReLU).to(rows.dtype))
     widths = layer.in_features + layer.out_features
     numbers = sum(p.numel() for p in module.parameters()) + len(rows) * widths
     work = Work(2 * len(rows) * hidden * widths, numbers * rows.element_size())

@@ -398,7 +398,8 @@ class FFF(ExpertLayer):
         if self._compares():
             other, logit = descend(*call, turned_decision(visited.detach().squeeze(2) / self.temperature))
             index, visited = torch.cat([index, other.unsqueeze(-1)], dim=2), torch.cat([visited, logit], dim=2)
-        return self._hard_routing(index.flatten(1), index % 2**self.depth, visited, flip=flip)
+        leaf = index if self.num_trees == 1 else index % 2**self.depth
+        return self._hard_routing(index.flatten(1), leaf, visited, flip=flip)
 
     def _weighs_paths(self) -> bool:
         """Hard evaluation with one leaf per tree needs no probability of the path."""

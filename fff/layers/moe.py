@@ -226,7 +226,7 @@ class MoE(ExpertLayer):
         if self.training and self.jitter:
             routed = routed * torch.empty_like(routed).uniform_(1 - self.jitter, 1 + self.jitter)
         with without_autocast(routed):
-            logits = F.linear(routed, _at_least_float32(self.gate_weight))
+            logits = self._scores(rows, routed)
             noise = None
             if self.training and self.noise_weight is not None:
                 noise = F.linear(routed, _at_least_float32(self.noise_weight))
@@ -239,6 +239,16 @@ class MoE(ExpertLayer):
         if self.router == "expert_choice":
             return top_k_route.expert_choice(logits, self._capacity(rows, self.capacity_factor or 1.0))
         return top_k_route.switch(logits) if self.router == "switch" else top_k_route.soft(logits)
+
+    def _scores(self, rows: Tensor, routed: Tensor) -> Tensor:
+        """(T, E) in float32 at least. Products of half-precision numbers are exact in float32, so where no gradient is
+        wanted a GPU multiplies them as they are."""
+        weight = self.gate_weight
+        half = rows.is_cuda and rows.dtype == weight.dtype and weight.dtype in (torch.float16, torch.bfloat16)
+        gradient = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+        if half and not gradient and not self.training and _MM_KNOWS_OUT_DTYPE:
+            return torch.mm(rows, weight.T, out_dtype=torch.float32)
+        return F.linear(routed, _at_least_float32(weight))
 
     def _losses(self, route: TopKRoute) -> dict[str, Tensor]:
         losses = {}
@@ -266,6 +276,9 @@ class MoE(ExpertLayer):
             f"capacity_factor={self.capacity_factor}, shared_width={self.shared_width}, glu={self.glu}, "
             f"base={self.has_base}, bias={self.b_in is not None}, drop={self.drop}"
         )
+
+
+_MM_KNOWS_OUT_DTYPE = torch.__version__ >= (2, 8)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -25,9 +25,18 @@ def _wide(x: Tensor) -> Tensor:
 def _share(index: Tensor, num: int, dtype: torch.dtype) -> Tensor:
     """Fraction of the entries of `index` (-1: no entry) that hold each of 0..num-1, (num,); all 0 without entries."""
     index = index.flatten()
+    if index.is_cuda and not torch.are_deterministic_algorithms_enabled():  # histc would be refused
+        # Counted in shared memory: few bins would have all rows wait for each other at one address.
+        count = _histogram(index, num)
+        return count.to(dtype) / count.sum().clamp(min=1).to(dtype)
     kept = (index >= 0).to(torch.int64)
     count = torch.zeros(num, dtype=torch.int64, device=index.device).scatter_add_(0, index.clamp(min=0), kept)
     return count.to(dtype) / kept.sum().clamp(min=1).to(dtype)
+
+
+def _histogram(index: Tensor, num: int) -> Tensor:
+    """(num,) how often each of 0..num-1 occurs, in float32; exact below 2^24 entries. Bins are centred on integers."""
+    return torch.histc(index.clamp(min=-1).float(), num + 1, -1.5, num - 0.5)[1:]
 
 
 def cv_squared(v: Float[Tensor, " E"]) -> Float[Tensor, ""]:

@@ -14,7 +14,7 @@ MODULES = "fff.ops.expert_mlp.triton", "fff.ops.tree_route.triton"
 
 @pytest.mark.slow
 def test_every_kernel_compiles_and_fits():
-    """With shared memory to spare."""
+    """With shared memory to spare, and without a block that is refilled under an asynchronous product."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     environment.pop("TRITON_INTERPRET", None)
     runs = [

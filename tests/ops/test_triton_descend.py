@@ -10,7 +10,7 @@ import torch
 from fff.ops.tree_route import Nodes, dense_logits, greedy_leaf, path_logits, path_to
 
 pytest.importorskip("triton")
-from fff.ops.tree_route.triton import BLOCK_ROWS, descend, top_levels  # noqa: E402
+from fff.ops.tree_route.triton import FEW_ROWS, MAX_LEVELS, descend, top_levels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter takes the bits of bfloat16 for integers.
@@ -89,7 +89,7 @@ def assert_close(found, expected, tolerance):
 
 def assert_descends(call, levels=None, grad_logit=None):
     if grad_logit is None:
-        grad_logit = torch.randn(call["x"].shape[0], call["num_trees"], 1, call["depth"], device=DEVICE)
+        grad_logit = torch.randn(call["x"].shape[0], call["num_trees"], 1, call["depth"]).to(DEVICE)
     index, logit, found = gradients(in_triton, call, grad_logit, levels=levels)
     true_index, true_logit, expected = gradients(in_pytorch, call, grad_logit)
     assert index.dtype == torch.int64 and torch.equal(index, true_index)
@@ -121,7 +121,7 @@ def test_leaf_logits_and_gradients(options, trees, levels, dtype):
         (1, 5, 4, 2, None),  # one row
         (0, 5, 4, 2, None),  # no row
         (5, 1, 2, 1, 1),  # one number in a row
-        (BLOCK_ROWS + 6, 33, 4, 2, 3),  # more rows than a tile
+        (70, 33, 4, 2, 3),  # more rows than a tile
         (3, 600, 3, 1, 2),  # more columns than a block of any kernel
         (4, 9, 1, 1, 0),
         (4, 9, 1, 3, 1),
@@ -132,6 +132,14 @@ def test_leaf_logits_and_gradients(options, trees, levels, dtype):
 )
 def test_sizes(rows, d, depth, trees, levels, dtype):
     assert_descends(call_of(rows, d, depth, trees, dtype=dtype), levels)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="minutes in Triton's interpreter, which runs one program after the other")
+@pytest.mark.parametrize("levels", [None, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_at_the_sizes_of_a_network(levels, dtype):
+    """Loops that are pipelined, and more programs than run at once."""
+    assert_descends(call_of(FEW_ROWS + 100, 768, 10, 1, dtype=dtype), levels)
 
 
 def test_a_deep_walk_from_the_root():
@@ -268,14 +276,10 @@ def test_bad_calls_are_named():
         descend(**call, levels=3)
 
 
-@pytest.mark.parametrize("in_features", [16, 768, 8192])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_levels_by_matmul(in_features, dtype):
-    def levels(rows, depth):
-        return top_levels(rows, in_features, depth, dtype)
-
-    for depth in range(16):
-        assert all(0 <= levels(rows, depth) <= min(depth, 7) for rows in range(BLOCK_ROWS))
-        assert levels(BLOCK_ROWS, depth) == levels(10**6, depth) == min(depth, 7)
-    assert levels(BLOCK_ROWS - 1, 3) == 3  # a shallow tree is one matmul, whatever the rows of its tile
-    assert levels(1, 15) == 0  # one row, whose two launches would cost more than all its waits
+@pytest.mark.parametrize("depth", range(16))
+def test_levels_by_matmul(depth):
+    found = [top_levels(rows, depth) for rows in (1, 7, 8, 256, FEW_ROWS, FEW_ROWS + 1, 10**6)]
+    assert (
+        found == sorted(found) and found[0] == 0
+    )  # one row walks: its two launches would cost more than all its waits
+    assert found[-1] == min(depth, MAX_LEVELS)

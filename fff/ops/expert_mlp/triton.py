@@ -20,7 +20,8 @@ as vectors. Such a call is bound by memory, and matrix units would idle on 15 of
 
 Limits: expert width at most 256; float32, float16, bfloat16; the named activations; no dropout; no second derivative.
 The weight gradient of an expert is summed by one program per block of columns however many rows it has: if one expert
-has most rows, that is slow. Tile sizes are reasoned from shapes, not tuned.
+has most rows, that is slow. Tile sizes were measured on an H100 with experts of 32 units in bfloat16
+(`python -m experiments.bench suite=crossover device=cuda`); for others they are reasoned from these.
 
 T rows, D input width, O output width, E experts, L expert width, H = L (2 L for gated units), K choices per row,
 M = T K choices, W = L rounded up to a power of two of at least 16, which matrix units need.
@@ -42,6 +43,10 @@ from fff.ops.expert_mlp.cpu import records_gradient
 from fff.ops.expert_order.triton import max_tiles, tiled_order
 
 MAX_WIDTH = 256
+# Of a tile, and of the units that `_weights` sums at a time. With 64, products run on Hopper's asynchronous units, and
+# Triton 3.6 then refills a block that they still read, where the block is used for a sum as well: g in `_backward`, u
+# and r in `_weights`. Larger tiles were no faster in inference, and 4 % in training steps (results/bench/crossover_cuda).
+MAX_ROWS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,7 +62,7 @@ class Tiles(NamedTuple):
 def few(choices: int, num_experts: int) -> bool:
     """Whether choices go one by one: no more than fill the card a few times, and few enough of each expert that reading
     its weights for every one of them costs less than an order."""
-    return choices <= min(512, 8 * num_experts)
+    return choices <= min(384, 8 * num_experts)
 
 
 def _padded(width: int) -> int:
@@ -65,13 +70,15 @@ def _padded(width: int) -> int:
 
 
 def tiles(choices: int, num_experts: int, width: int, itemsize: int) -> Tiles:
-    """Tile sizes by the mean number of choices per expert and by what fits: accumulators of rows x width in registers,
-    `stages` blocks of both operands in shared memory."""
-    padded = _padded(width)
-    most = 16 if padded >= 256 else 32 if padded >= 128 else 64 if padded >= 64 else 128
-    rows = min(most, max(16, triton.next_power_of_2(choices // max(1, num_experts))))
-    columns = 64 if itemsize == 2 else 32
-    return Tiles(rows, columns, 8 if rows * padded >= 4096 else 4, 3)
+    """Tile sizes by the mean number of choices per expert: at most `MAX_ROWS`, fewer where accumulators of rows x width
+    would not fit into registers."""
+    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(choices // max(1, num_experts))))
+    return Tiles(16 if _padded(width) >= 256 else rows, 64 if itemsize == 2 else 32, 4, 3)
+
+
+def sum_tiles(choices: int, num_experts: int) -> Tiles:
+    """Of `_weights`: choices that are added up at a time."""
+    return Tiles(min(64, max(16, triton.next_power_of_2(choices // max(1, num_experts)))), 64, 4, 3)
 
 
 @triton.jit
@@ -640,12 +647,13 @@ def triton_expert_mlp_backward(
     grad_pre = x.new_empty(choices, w_in.shape[1]) if any(need_weights) else nothing
     gated_hidden = x.new_empty(choices, width) if any(need_weights) else nothing
     precision = _precision(x.dtype)
+    of_sums = sum_tiles(choices, num_experts)
 
     def sums(units: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, of_units: bool) -> tuple[Tensor, Tensor]:
         """Gradients of a weight and its bias, which sums the units of an expert or its gated rows."""
         grad_weight, grad_bias = torch.empty_like(weight), nothing if bias is None else torch.empty_like(bias)
-        block = min(64, _padded(width))
-        _weights[num_experts, triton.cdiv(weight.shape[1], block), triton.cdiv(weight.shape[2], 64)](
+        block = min(MAX_ROWS, _padded(width))
+        _weights[num_experts, triton.cdiv(weight.shape[1], block), triton.cdiv(weight.shape[2], of_sums.columns)](
             units,
             rows,
             gate,
@@ -659,11 +667,11 @@ def triton_expert_mlp_backward(
             OF_UNITS=of_units and bias is not None,
             OF_ROWS=not of_units and bias is not None,
             UNITS=block,
-            ROWS=min(64, size.rows),
-            COLUMNS=64,
+            ROWS=of_sums.rows,
+            COLUMNS=of_sums.columns,
             PRECISION=precision,
-            num_warps=4,
-            num_stages=size.stages,
+            num_warps=of_sums.warps,
+            num_stages=of_sums.stages,
         )
         return grad_weight, grad_bias
 

@@ -8,7 +8,7 @@
 
 No atomics, so that the order is always the same one; no host synchronisation, so that the number of tiles on the host
 is an upper bound and later ones are empty. Limits: the counts take 4 (E + 1) M / BLOCK bytes. Where they would be more
-than 16 MiB, `torch.sort` does step 1, 2 and 4.
+than 32 MiB, `torch.sort` does step 1, 2 and 4.
 
 M choices, E experts, B blocks of choices.
 """
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fff.ops.expert_order import expert_order
 
-BLOCK, PART = 256, 32
-MAX_COUNTS = 2**22
+BLOCK, PART = 128, 32
+MAX_COUNTS = 2**23
 
 
 class TiledOrder(NamedTuple):
@@ -151,7 +151,7 @@ def tiled_order(expert: Tensor, num_experts: int, tile_rows: int) -> TiledOrder:
     count = torch.zeros(1 + (num_experts + 1) * num_blocks, dtype=torch.int32, device=expert.device)
     sizes = num_choices, num_experts, num_blocks
     if num_choices:
-        _count[(num_blocks,)](expert, rank, count[1:], *sizes, BLOCK=BLOCK, PART=PART, num_warps=8)
+        _count[(num_blocks,)](expert, rank, count[1:], *sizes, BLOCK=BLOCK, PART=PART, num_warps=4)
     place = count.cumsum(0, dtype=torch.int32)
     _tiles[(1,)](place, num_blocks, offset, tile_start, num_experts, TILE=tile_rows, BLOCK=1024)
     if num_choices:

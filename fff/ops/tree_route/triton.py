@@ -47,15 +47,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fff.ops.context import float32_precision, on_device, without_autocast
-from fff.ops.expert_order import expert_order
+from fff.ops.expert_order.triton import tiled_order
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DEPTH = 15
-MAX_LEVELS = 7  # the logits of 127 nodes for BLOCK_ROWS rows are 64 registers of each thread
-BLOCK_ROWS = 64  # rows of a tile of `_top`
+MAX_LEVELS = 8  # the logits of 255 nodes for 128 rows are 128 registers of each of 256 threads
+FEW_ROWS = 8192  # up to here tiles of `_top` have half as many rows, so that there are enough of them
 
 
 @triton.jit
@@ -137,6 +137,7 @@ def _walk(
     LEVELS: tl.constexpr,
     CHOICES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,  # BLOCK_D columns hold a row, which then stays in registers
 ):
     choice = tl.program_id(0).to(tl.int64) * CHOICES + tl.arange(0, CHOICES)
     live = choice < num_choices
@@ -145,21 +146,31 @@ def _walk(
     if LEVELS > 0:
         place = tl.load(index + choice, mask=live, other=0)
     x += (choice // num_trees)[:, None] * x_stride
+    d = tl.arange(0, BLOCK_D)
+    mask = live[:, None] & (d < in_features)
+    if WHOLE:
+        rows = tl.load(x + d, mask=mask, other=0)
     for level in range(LEVELS, depth):
         node = _node(place, tree, level, depth)
-        products = tl.zeros((CHOICES, BLOCK_D), tl.float32)
-        for start in range(0, in_features, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            mask = live[:, None] & (d < in_features)
-            rows = tl.load(x + d, mask=mask, other=0).to(tl.float32)
-            weights = tl.load(node_weight + node[:, None] * in_features + d, mask=mask, other=0).to(tl.float32)
-            products += rows * weights
+        weight = node_weight + node[:, None] * in_features + d
+        if WHOLE:
+            products = rows.to(tl.float32) * tl.load(weight, mask=mask, other=0).to(tl.float32)
+        else:
+            products = tl.zeros((CHOICES, BLOCK_D), tl.float32)
+            for start in range(0, in_features, BLOCK_D):
+                mask = live[:, None] & (start + d < in_features)
+                rows = tl.load(x + start + d, mask=mask, other=0).to(tl.float32)
+                products += rows * tl.load(weight + start, mask=mask, other=0).to(tl.float32)
         value = tl.sum(products, 1)
         if node_bias is not None:
             value += tl.load(node_bias + node, mask=live, other=0).to(tl.float32)
         tl.store(logit + choice * depth + level, value, mask=live)
         place = 2 * place + _turn(value, node, choice, level, depth, decision_bias, flip, live)
     tl.store(index + choice, place, mask=live)
+
+
+# The kernels then run on a CPU, in the tests. Asked here, as dynamo cannot tell.
+INTERPRETED = not isinstance(_walk, triton.JITFunction)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -191,28 +202,33 @@ def _row_gradient(
     tl.store(grad_x + row[:, None] * in_features + d, total.to(grad_x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_choices"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _spread(
     grad_logit,  # (T, P, d)
     index,  # (T, P)
     spread,  # out (T, P, M + 1): the gradient of each node's logit; 0 off the path and in the last column
-    num_choices,  # T P
+    total,  # out (blocks, P, M + 1): sums over the rows of each program
+    num_rows,
+    num_trees,
     depth,
     LEVELS: tl.constexpr,
-    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    choice = tl.program_id(0).to(tl.int64) * CHOICES + tl.arange(0, CHOICES)
-    live = choice < num_choices
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < num_rows
+    choice = row * num_trees + tl.program_id(1)
     column = tl.arange(0, 2**LEVELS)
     leaf = tl.load(index + choice, mask=live, other=0).to(tl.int32)
     heap = (1 << depth) + (leaf & ((1 << depth) - 1))  # heap entry plus 1, whose ancestors are its leading bits
-    value = tl.zeros((CHOICES, 2**LEVELS), tl.float32)
+    value = tl.zeros((ROWS, 2**LEVELS), tl.float32)
     for level in tl.static_range(LEVELS):
         node = (heap >> (depth - level)) - 1
         slope = tl.load(grad_logit + choice * depth + level, mask=live, other=0)
         value = tl.where(column == node[:, None], slope[:, None], value)
     out = spread + choice[:, None] * 2**LEVELS + column
     tl.store(out, value.to(spread.dtype.element_ty), mask=live[:, None])
+    program = tl.program_id(0).to(tl.int64) * num_trees + tl.program_id(1)
+    tl.store(total + program * 2**LEVELS + column, tl.sum(value, 0))
 
 
 @triton.jit
@@ -220,7 +236,7 @@ def _node_gradient(
     x,  # (T, D), rows x_stride apart
     grad_logit,  # (T, P, d)
     order,  # (T P,): choices sorted by leaf
-    offset,  # (P 2^d + 1,): where each leaf begins in it
+    offset,  # (P 2^d + 2,): where each leaf begins in it
     grad_weight,  # out (P N, D) or None: the nodes below the first LEVELS levels
     grad_bias,  # out (P N,) or None: the same
     num_trees,
@@ -248,7 +264,7 @@ def _node_gradient(
     for start in range(begin, end, CHOICES):
         place = start + tl.arange(0, CHOICES)
         live = place < end
-        choice = tl.load(order + place, mask=live, other=0)
+        choice = tl.load(order + place, mask=live, other=0).to(tl.int64)
         slope = tl.load(grad_logit + choice * depth + level, mask=live, other=0)
         biases += slope
         if grad_weight is not None:
@@ -263,31 +279,16 @@ def _node_gradient(
             tl.store(grad_bias + node, tl.sum(biases).to(grad_bias.dtype.element_ty))
 
 
-# What `top_levels` weighs, in bytes that a multiprocessor could have read from the level-2 cache meanwhile. Guesses for
-# a card of the H100's kind: 100 GB/s for each, 0.7 us from a load to the next that needs it, 5 us for a further launch.
-WAIT, LAUNCH = 2**16, 2**19
+def top_levels(rows: int, depth: int) -> int:
+    """How many levels go by matmul, as measured on an H100 for 768 inputs in bfloat16 and depths 8, 11 and 15
+    (`python -m experiments.bench suite=crossover device=cuda`).
 
-
-def top_levels(rows: int, in_features: int, depth: int, dtype: torch.dtype) -> int:
-    """How many levels go by matmul: the number with which the rows of a tile cost the fewest bytes and waits.
-
-    Matmul: one wait; the weights of 2^levels - 1 nodes, and each row once. Walk: for each level one wait; each row, and
-    for each the weights of a node. Both: a launch more than either alone. A tile with few rows reads weights that none
-    of them asks for, and a deep tree is then walked from the root. Full tiles take all levels they can: fewer bytes at
-    any width, and backward leaves no node with very many rows to a single program.
-
-    This is reasoning from data sheets. Where one really overtakes the other has not been measured on a GPU.
+    Walking waits for memory once a level, and reads the weights of a node for each row; a matmul reads those of all
+    nodes once a tile. One row walks all the way. Many rows gain by a matmul of as many levels as it takes.
     """
-    most, row = min(depth, MAX_LEVELS), in_features * dtype.itemsize
-    if rows >= BLOCK_ROWS:
-        return most
-
-    def cost(levels: int) -> int:
-        matmul = WAIT + (2**levels - 1 + rows) * row if levels else 0
-        walk = (depth - levels) * (WAIT + 2 * rows * row)
-        return matmul + walk + (LAUNCH if 0 < levels < depth else 0)
-
-    return min(range(most + 1), key=cost)
+    if rows < 8:
+        return 0
+    return min(depth, 6 if rows <= FEW_ROWS else MAX_LEVELS)
 
 
 def refusal(x: Tensor, node_weight: Tensor) -> str | None:
@@ -295,7 +296,7 @@ def refusal(x: Tensor, node_weight: Tensor) -> str | None:
     dtype = node_weight.dtype
     if dtype not in DTYPES or x.dtype != dtype:
         return f"they take rows and weights of one type, float16, bfloat16 or float32, not {x.dtype} and {dtype}"
-    if not isinstance(_walk, triton.JITFunction):
+    if INTERPRETED:
         # The interpreter computes with the bits of bfloat16 as if they were integers, without a word.
         return "Triton's interpreter has no bfloat16" if dtype == torch.bfloat16 else None
     return None if x.is_cuda else f"they run on CUDA, not on {x.device}"
@@ -311,7 +312,7 @@ def _given(tensor: Tensor | None) -> Tensor | None:
 
 
 def _levels(x: Tensor, depth: int, levels: int | None) -> int:
-    return top_levels(*x.shape, depth, x.dtype) if levels is None else levels
+    return top_levels(x.shape[0], depth) if levels is None else levels
 
 
 def _padded_nodes(levels: int) -> int:
@@ -346,27 +347,29 @@ def _descend(
     sizes = num_trees, in_features, x.stride(0), depth
     with on_device(x):
         if levels:
-            _top[triton.cdiv(rows, BLOCK_ROWS), num_trees](
+            block = 64 if rows <= FEW_ROWS else 128
+            _top[triton.cdiv(rows, block), num_trees](
                 *pointers,
                 rows,
                 *sizes,
                 LEVELS=levels,
                 NODES=_padded_nodes(levels),
-                ROWS=BLOCK_ROWS,
+                ROWS=block,
                 BLOCK_D=128 // x.dtype.itemsize,
                 PRECISION=float32_precision() if x.dtype == torch.float32 else "tf32",
-                num_warps=4,
+                num_warps=block // 16,
                 num_stages=3,
             )
         if levels < depth:
-            choices = 4
+            choices, block = 4, _block(in_features, 1024)
             _walk[(triton.cdiv(index.numel(), choices),)](
                 *pointers,
                 index.numel(),
                 *sizes,
                 LEVELS=levels,
                 CHOICES=choices,
-                BLOCK_D=_block(in_features, 512),
+                BLOCK_D=block,
+                WHOLE=block >= in_features,
                 num_warps=4,
             )
     return logit, index
@@ -416,25 +419,29 @@ def _descend_backward(
                 num_warps=4,
             )
         if levels and (need_weight or need_bias):
-            choices, known = 16, 2**levels - 1
+            block, known = 32, 2**levels - 1
+            blocks = triton.cdiv(rows, block)
             spread = x.new_empty(rows, num_trees, known + 1)
-            _spread[(triton.cdiv(index.numel(), choices),)](
+            total = x.new_empty(blocks, num_trees, known + 1, dtype=torch.float32)
+            _spread[blocks, num_trees](
                 grad_logit,
                 index,
                 spread,
-                index.numel(),
+                total,
+                rows,
+                num_trees,
                 depth,
                 LEVELS=levels,
-                CHOICES=choices,
+                ROWS=block,
                 num_warps=4,
             )
             if need_weight:
                 found = (spread.flatten(1).T @ x).view(num_trees, known + 1, in_features)
                 grad_weight.view(num_trees, -1, in_features)[:, :known] = found[:, :known]
             if need_bias:
-                grad_bias.view(num_trees, -1)[:, :known] = spread.sum(0, dtype=torch.float32)[:, :known]
+                grad_bias.view(num_trees, -1)[:, :known] = total.sum(0)[:, :known]
         if levels < depth and (need_weight or need_bias):
-            order, offset = expert_order(index.flatten(), num_trees * 2**depth)
+            order, offset, *_ = tiled_order(index.flatten(), num_trees * 2**depth, 16)
             choices, block = 16, _block(in_features, 128)
             blocks = triton.cdiv(in_features, block) if need_weight else 1
             _node_gradient[num_trees * (2**depth - 2**levels), blocks](
