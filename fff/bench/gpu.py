@@ -190,7 +190,7 @@ def routing(
 
     known = {
         "descend": kernels(None),
-        **{f"descend_levels{levels}": kernels(levels) for levels in range(min(depth, 8) + 1)},
+        **{f"descend_levels{levels}": kernels(levels) for levels in range(min(depth, 7) + 1)},
         "descend_pytorch": descent(partial(_greedy, nodes)),
         "gate": flat,
     }
@@ -274,9 +274,9 @@ def forced(make: Make, choice: str) -> Make:
 
     if choice.startswith("tiles"):
         size = triton.Tiles(*map(int, choice.removeprefix("tiles").split("x")))
-        target, function = "tiles", lambda *sizes: size
+        target, function = "tiles", lambda *_, **__: size
     elif choice in ("single", "tiled"):
-        target, function = "few", lambda *sizes: choice == "single"
+        target, function = "few", lambda *_: choice == "single"
     else:
         raise ValueError(f"peers: {choice!r} is none of 'tiles<rows>x<columns>x<warps>x<stages>', 'single', 'tiled'")
 

@@ -45,7 +45,7 @@ from fff.ops.expert_order.triton import max_tiles, tiled_order
 MAX_WIDTH = 256
 # Of a tile, and of the units that `_weights` sums at a time. With 64, products run on Hopper's asynchronous units, and
 # Triton 3.6 then refills a block that they still read, where the block is used for a sum as well: g in `_backward`, u
-# and r in `_weights`. Larger tiles were no faster in inference, and 4 % in training steps (results/bench/crossover_cuda).
+# and r in `_weights`. Larger tiles are no faster in inference and at most 4 % in training (suite=crossover, an H100).
 MAX_ROWS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,16 +69,18 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def tiles(choices: int, num_experts: int, width: int, itemsize: int) -> Tiles:
+def tiles(choices: int, num_experts: int, width: int, itemsize: int, backward: bool = False) -> Tiles:
     """Tile sizes by the mean number of choices per expert: at most `MAX_ROWS`, fewer where accumulators of rows x width
     would not fit into registers."""
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(choices // max(1, num_experts))))
-    return Tiles(16 if _padded(width) >= 256 else rows, 64 if itemsize == 2 else 32, 4, 3)
+    rows = MAX_ROWS if choices >= 24 * num_experts and _padded(width) < 256 else 16
+    wide = 128 if _padded(width) <= 64 and (rows == 16 or backward) else 64
+    return Tiles(rows, wide * 2 // itemsize, 4, 3)
 
 
-def sum_tiles(choices: int, num_experts: int) -> Tiles:
-    """Of `_weights`: choices that are added up at a time."""
-    return Tiles(min(64, max(16, triton.next_power_of_2(choices // max(1, num_experts)))), 64, 4, 3)
+def sum_tiles(choices: int, num_experts: int, itemsize: int) -> Tiles:
+    """Of `_weights`, which adds up so many choices at a time."""
+    rows = next((r for r, least in ((128, 512), (64, 64), (32, 24)) if choices >= least * num_experts), 16)
+    return Tiles(rows, (64 if rows == 128 else 128) * 2 // itemsize, 4, 3)
 
 
 @triton.jit
@@ -638,7 +640,7 @@ def triton_expert_mlp_backward(
     grad, x, gate, w_in, b_in, w_out, b_out = _contiguous(grad, x, gate, w_in, b_in, w_out, b_out)
     num_experts, width, out_features = w_out.shape
     choices = index.numel()
-    size = tiles(choices, num_experts, width, x.element_size())
+    size = tiles(choices, num_experts, width, x.element_size(), backward=True)
     need_x, need_gate, *need_weights = need
     need_in, need_out = any(need_weights[:2]), any(need_weights[2:])
     nothing = x.new_empty(0)
@@ -647,7 +649,7 @@ def triton_expert_mlp_backward(
     grad_pre = x.new_empty(choices, w_in.shape[1]) if any(need_weights) else nothing
     gated_hidden = x.new_empty(choices, width) if any(need_weights) else nothing
     precision = _precision(x.dtype)
-    of_sums = sum_tiles(choices, num_experts)
+    of_sums = sum_tiles(choices, num_experts, x.element_size())
 
     def sums(units: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, of_units: bool) -> tuple[Tensor, Tensor]:
         """Gradients of a weight and its bias, which sums the units of an expert or its gated rows."""

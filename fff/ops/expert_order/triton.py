@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fff.ops.expert_order import expert_order
 
-BLOCK, PART = 128, 32
+BLOCK, PART = 64, 32
 MAX_COUNTS = 2**23
 
 

@@ -7,8 +7,9 @@ A row needs d of the N logits of a tree, each of them only after the one before.
 - `_top` evaluates all M nodes of the first `levels` levels for a tile of rows, by tensor cores: M dot products where
   `levels` would do, but no wait between them and each weight read once for the whole tile. Their logits stay in
   registers, where each row then picks its way: a masked sum over the M columns is the logit of the current node.
-- `_walk` goes on from there (or from the root) one node after the other: a few rows per program, the row and the
-  weights of its node multiplied and summed in float32. Every level waits for memory once.
+- `_walk` goes on from there (or from the root) one node after the other: a warp for each row, which stays in its
+  registers, multiplied with the weights of its node and summed in float32. Every level waits for memory once; nodes
+  that many rows visit are in a cache.
 
 `top_levels` chooses between them. Between kernels and levels a row's position is its place in the level, counted over
 all trees: tree p has places p 2^l .. (p + 1) 2^l - 1 of level l, the children of place j are 2j and 2j + 1, and the
@@ -33,8 +34,7 @@ Limits
 - A row with a nan spoils the weight gradient of every node in the first levels, as it does in `F.linear`, not just of
   those on its way.
 - With TensorFloat32 the two kernels round differently, so that a logit near 0 may decide otherwise in a small batch.
-- Never run on a GPU: values are tested in Triton's interpreter, the kernels are compiled for sm_80, sm_90 and sm_100.
-  Speed, block sizes and `top_levels` are unmeasured, and TensorFloat32 and bfloat16 matmuls untested.
+- Block sizes and `top_levels` were measured on an H100 for 768 inputs in bfloat16, and are the same for all others.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DEPTH = 15
-MAX_LEVELS = 8  # the logits of 255 nodes for 128 rows are 128 registers of each of 256 threads
-FEW_ROWS = 8192  # up to here tiles of `_top` have half as many rows, so that there are enough of them
+MAX_LEVELS = 7  # the logits of 127 nodes for BLOCK_ROWS rows are 64 registers of each thread
+BLOCK_ROWS = 64  # rows of a tile of `_top`
+SPREAD_LEVELS = 8  # whose weight gradients are one matmul, (T, 2^8) by (T, D)
 
 
 @triton.jit
@@ -218,13 +219,14 @@ def _spread(
     live = row < num_rows
     choice = row * num_trees + tl.program_id(1)
     column = tl.arange(0, 2**LEVELS)
+    level = tl.zeros((2**LEVELS,), tl.int32)  # of the node of each column
+    for deeper in tl.static_range(1, LEVELS):
+        level += (column >= (1 << deeper) - 1).to(tl.int32)
     leaf = tl.load(index + choice, mask=live, other=0).to(tl.int32)
     heap = (1 << depth) + (leaf & ((1 << depth) - 1))  # heap entry plus 1, whose ancestors are its leading bits
-    value = tl.zeros((ROWS, 2**LEVELS), tl.float32)
-    for level in tl.static_range(LEVELS):
-        node = (heap >> (depth - level)) - 1
-        slope = tl.load(grad_logit + choice * depth + level, mask=live, other=0)
-        value = tl.where(column == node[:, None], slope[:, None], value)
+    visited = (heap[:, None] >> (depth - level)) == column + 1
+    slope = grad_logit + choice[:, None] * depth + level
+    value = tl.load(slope, mask=live[:, None] & visited & (column < 2**LEVELS - 1), other=0)
     out = spread + choice[:, None] * 2**LEVELS + column
     tl.store(out, value.to(spread.dtype.element_ty), mask=live[:, None])
     program = tl.program_id(0).to(tl.int64) * num_trees + tl.program_id(1)
@@ -280,15 +282,13 @@ def _node_gradient(
 
 
 def top_levels(rows: int, depth: int) -> int:
-    """How many levels go by matmul, as measured on an H100 for 768 inputs in bfloat16 and depths 8, 11 and 15
-    (`python -m experiments.bench suite=crossover device=cuda`).
+    """How many levels go by matmul: all of a shallow tree, none of a deeper one, or of one row.
 
-    Walking waits for memory once a level, and reads the weights of a node for each row; a matmul reads those of all
-    nodes once a tile. One row walks all the way. Many rows gain by a matmul of as many levels as it takes.
+    As measured on an H100 for 768 inputs in bfloat16 (`python -m experiments.bench suite=crossover device=cuda`). A row
+    reads the weights of a node on its way, a tile those of all nodes; for both, the row itself is read once. So levels
+    by matmul pay where no row has to be read again for those below.
     """
-    if rows < 8:
-        return 0
-    return min(depth, 6 if rows <= FEW_ROWS else MAX_LEVELS)
+    return depth if depth <= MAX_LEVELS and rows >= 8 else 0
 
 
 def refusal(x: Tensor, node_weight: Tensor) -> str | None:
@@ -309,10 +309,6 @@ def _rows(x: Tensor) -> Tensor:
 
 def _given(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _levels(x: Tensor, depth: int, levels: int | None) -> int:
-    return top_levels(x.shape[0], depth) if levels is None else levels
 
 
 def _padded_nodes(levels: int) -> int:
@@ -341,36 +337,36 @@ def _descend(
         index.copy_(torch.arange(num_trees, device=x.device))
     if depth == 0 or rows == 0:
         return logit, index
-    levels = _levels(x, depth, levels)
+    levels = top_levels(rows, depth) if levels is None else levels
     x = _rows(x)
     pointers = x, *map(_given, (node_weight, node_bias, decision_bias, flip)), index, logit
     sizes = num_trees, in_features, x.stride(0), depth
     with on_device(x):
         if levels:
-            block = 64 if rows <= FEW_ROWS else 128
-            _top[triton.cdiv(rows, block), num_trees](
+            _top[triton.cdiv(rows, BLOCK_ROWS), num_trees](
                 *pointers,
                 rows,
                 *sizes,
                 LEVELS=levels,
                 NODES=_padded_nodes(levels),
-                ROWS=block,
+                ROWS=BLOCK_ROWS,
                 BLOCK_D=128 // x.dtype.itemsize,
                 PRECISION=float32_precision() if x.dtype == torch.float32 else "tf32",
-                num_warps=block // 16,
+                num_warps=4,
                 num_stages=3,
             )
         if levels < depth:
-            choices, block = 4, _block(in_features, 1024)
-            _walk[(triton.cdiv(index.numel(), choices),)](
+            # A warp for each row: neither does one wait for another, nor does a sum over columns leave its warp.
+            block = _block(in_features, 1024)
+            _walk[(index.numel(),)](
                 *pointers,
                 index.numel(),
                 *sizes,
                 LEVELS=levels,
-                CHOICES=choices,
+                CHOICES=1,
                 BLOCK_D=block,
                 WHOLE=block >= in_features,
-                num_warps=4,
+                num_warps=1,
             )
     return logit, index
 
@@ -400,7 +396,7 @@ def _descend_backward(
     grad_bias = x.new_empty(node_weight.shape[0] if need_bias else 0)
     if depth == 0 or rows == 0:
         return grad_x.zero_(), grad_weight.zero_(), grad_bias.zero_()
-    levels = _levels(x, depth, levels)
+    levels = min(depth, SPREAD_LEVELS) if levels is None else levels
     x, grad_logit, index = _rows(x), grad_logit.contiguous(), index.contiguous()
     with on_device(x), without_autocast(x):
         if need_x:
@@ -502,7 +498,8 @@ def descend(
 
     node_weight, node_bias, decision_bias: heap order, tree by tree; N here counts the nodes of all trees.
     flip: at which levels a row takes the other child.
-    levels: how many are decided by matmul, at most 7; `top_levels` by default.
+    levels: how many are decided by matmul, and have their weight gradients by one, at most 7; by default `top_levels`,
+        and the first `SPREAD_LEVELS` in the backward pass.
     """
     reason = refusal(x, node_weight)
     if reason is not None:
