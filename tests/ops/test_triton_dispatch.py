@@ -107,8 +107,8 @@ def test_values_and_gradients(rows, d, experts, width, out, choices, glu, bias, 
 @pytest.mark.parametrize("rows, experts", [(8192, 8), (8192, 256)])
 @pytest.mark.parametrize("width, glu", [(8, False), (32, False), (32, True), (64, False), (128, False), (256, False)])
 def test_at_the_sizes_of_a_network(width, glu, rows, experts, dtype):
-    """Loops that are pipelined, and more programs than run at once: where one overwrites what another one reads, results
-    are wrong, or differ from run to run."""
+    """Loops that are pipelined, and more programs than run at once: where one overwrites what another one reads,
+    results are wrong, or differ from run to run."""
     call, index = call_of(rows, 512, experts, width, 512, 1, glu=glu, dtype=dtype), torch.randint(experts, (rows, 1))
     index = index.to(DEVICE)
     assert_computes(call, index, activation="gelu", glu=glu)

@@ -77,7 +77,9 @@ def grouped_linear_backward(
             torch.mm(inputs.T, rows, out=grad_weight[e])
     if need_bias:
         group = torch.repeat_interleave(offset.diff(), output_size=kept)
-        grad_bias.index_add_(0, group, grad[:kept])
+        # A GPU would round the sum to the type of the rows each time that it adds one.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_bias = grad_bias.to(wide).index_add_(0, group, grad[:kept].to(wide)).to(grad.dtype)
     return grad_x, grad_weight, grad_bias
 
 
