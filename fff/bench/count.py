@@ -11,12 +11,14 @@ from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from fff.ops.context import HAS_TRITON
 from fff.ops.expert_mlp import cpu, grouped  # noqa: F401 - whose operators these are
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """Operations of the matrix products that a call makes, forward and backward, those of the grouped and native
-    operators and of PyTorch's own grouped product included, Triton kernels not; a multiply-add counts as two."""
+    """Operations of the matrix products that a call makes, forward and backward, those of our operators and of
+    PyTorch's own grouped product included; a multiply-add counts as two. Of a descent by Triton the decisions on the
+    way are counted, though a matmul may make more."""
     with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
         call()
     return counter.get_total_flops()
@@ -37,6 +39,17 @@ def _formulas() -> dict[Any, Callable[..., int]]:
             torch.ops.fff.native_tree_mlp: _tree_mlp,
             torch.ops.fff.native_descend: _descend,
             torch.ops.fff.native_descend_backward: _descend_backward,
+        }
+    if HAS_TRITON:
+        import fff.ops.expert_mlp.triton  # whose operators these are
+        import fff.ops.tree_route.triton  # noqa: F401
+
+        known |= {
+            torch.ops.fff.triton_expert_mlp: _expert_mlp,
+            torch.ops.fff.triton_expert_mlp_single: _expert_mlp,
+            torch.ops.fff.triton_expert_mlp_backward: _triton_expert_mlp_backward,
+            torch.ops.fff.triton_descend: _triton_descend,
+            torch.ops.fff.triton_descend_backward: _triton_descend_backward,
         }
     return {operator: _of_tensors(formula) for operator, formula in known.items()}
 
@@ -85,6 +98,15 @@ def _expert_mlp_backward(
     return int((index >= 0).sum()) * (through_w_in * _row(w_in) + through_w_out * _row(w_out))
 
 
+def _triton_expert_mlp_backward(
+    grad: Tensor, x: Tensor, index: Tensor, gate: Any, w_in: Tensor, b_in: Any, w_out: Tensor, b_out: Any, pre: Tensor,
+    *rest: Any,
+) -> int:  # fmt: skip
+    *_, (need_x, _, need_w_in, _, need_w_out, _) = rest
+    through_w_in, through_w_out = (pre.numel() == 0) + need_x + need_w_in, 1 + need_w_out
+    return int((index >= 0).sum()) * (through_w_in * _row(w_in) + through_w_out * _row(w_out))
+
+
 def _descend(x: Tensor, nodes: Tensor, bias: Any, decision_bias: Any, num_trees: int, depth: int) -> int:
     return 2 * x.shape[0] * num_trees * depth * x.shape[1]
 
@@ -94,6 +116,18 @@ def _descend_backward(
     need_bias: bool,
 ) -> int:  # fmt: skip
     return (need_x + need_weight) * _descend(x, nodes, None, None, num_trees, depth)
+
+
+def _triton_descend(
+    x: Tensor, nodes: Tensor, bias: Any, decision_bias: Any, flip: Any, num_trees: int, depth: int, levels: Any
+) -> int:
+    return _descend(x, nodes, bias, decision_bias, num_trees, depth)
+
+
+def _triton_descend_backward(
+    grad: Tensor, x: Tensor, nodes: Tensor, index: Tensor, num_trees: int, depth: int, levels: Any, *need: bool
+) -> int:
+    return _descend_backward(grad, x, nodes, index, num_trees, depth, *need)
 
 
 def _tree_mlp(

@@ -202,7 +202,9 @@ def _image(name: str) -> str:
     return f"![{name.removesuffix('.svg')}](figures/{name})\n"
 
 
-def headline(markdown: str) -> str:
-    """The first table of a published study."""
-    title, _, body = markdown.split("\n## ")[1].partition("\n")
-    return f"**{title}**\n{body}"
+def headline(markdown: str, *others: str) -> str:
+    """The first table of a published study, and those of these titles that it has."""
+    _, first, *rest = markdown.split("\n## ")
+    wanted = [first, *(section for section in rest if section.partition("\n")[0] in others)]
+    parts = (section.partition("\n") for section in wanted)
+    return "\n".join(f"**{title}**\n{body}" for title, _, body in parts)

@@ -30,6 +30,15 @@ class Table(NamedTuple):
     text_columns: int = 1
 
 
+def known(value: float, unit: str = "") -> str:
+    return MISSING if pd.isna(value) else f"{short(value)}{unit}"
+
+
+def short(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def number(value: float | None, decimals: int = 1) -> str:
     """Fixed decimals, "–" for nothing."""
     return MISSING if value is None or math.isnan(value) else f"{value:.{decimals}f}"

@@ -52,14 +52,18 @@ def test_flops_of_a_linear_layer():
 
 
 @pytest.mark.parametrize("glu", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "gather", "grouped", "native"])
+@pytest.mark.parametrize("backend", ["reference", "gather", "grouped", "native", "triton"])
 def test_flops_of_chosen_experts(backend, glu):
     if backend == "native" and not cpu.available():
         pytest.skip("the native operators are not built")
+    if backend == "triton":
+        pytest.importorskip("triton")
     rows, choices, d, width, out = 9, 2, 7, 3, 5
-    x, index = torch.randn(rows, d), torch.rand(rows, 4).argsort(1)[:, :choices]
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    x, index = torch.randn(rows, d, device=device), torch.rand(rows, 4, device=device).argsort(1)[:, :choices]
     hidden = width * (2 if glu else 1)
-    weights = torch.randn(4, hidden, d), torch.randn(4, hidden), torch.randn(4, width, out), torch.randn(4, out)
+    shapes = (4, hidden, d), (4, hidden), (4, width, out), (4, out)
+    weights = [torch.randn(shape, device=device) for shape in shapes]
 
     def call(*tensors):
         return expert_mlp(x, index, None, *tensors, backend=backend, glu=glu)
@@ -67,24 +71,32 @@ def test_flops_of_chosen_experts(backend, glu):
     w_in, w_out = 2 * rows * choices * d * hidden, 2 * rows * choices * width * out
     assert count_flops(lambda: call(*weights)) == w_in + w_out
     trained = [weight.requires_grad_() for weight in weights]
-    if backend in ("grouped", "native"):
+    if backend in ("grouped", "native", "triton"):
         # The gradients of both weights and of hidden units; native computes the hidden units again.
         again = w_in if backend == "native" else 0
         assert count_flops(lambda: call(*trained).sum().backward()) == 2 * w_in + 3 * w_out + again
 
 
-@pytest.mark.skipif(not cpu.available(), reason="the native operators are not built")
-def test_flops_of_a_native_tree():
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_flops_of_a_tree(backend):
+    if backend == "native" and not cpu.available():
+        pytest.skip("the native operators are not built")
+    if backend == "triton":
+        pytest.importorskip("triton")
     rows, d, width, out, depth, trees = 9, 7, 3, 5, 3, 2
-    layer = fff.FFF(d, width, out, depth=depth, num_trees=trees, mode="straight_through").eval()
+    options = {"mode": "straight_through", "backend": backend}
+    layer = fff.FFF(d, width, out, depth=depth, num_trees=trees, **options).eval()
+    if backend == "triton" and torch.cuda.is_available():
+        layer = layer.cuda()
+    x = torch.randn(rows, d, device=layer.w_in.device)
     nodes, w_in, w_out = (2 * rows * trees * n for n in (depth * d, d * width, width * out))
     with torch.no_grad():
-        assert (
-            count_flops(lambda: layer(torch.randn(rows, d))) == nodes + w_in + w_out == rows * layer.size.flops_per_row
-        )
-    assert layer.record.backend == "native"
-    # In training with their gradients, but no gradient of x; what balances and weighs paths are no matrix products.
-    assert count_flops(lambda: layer.train()(torch.randn(rows, d)).sum().backward()) == 2 * nodes + 3 * w_in + 3 * w_out
+        assert count_flops(lambda: layer(x)) == nodes + w_in + w_out == rows * layer.size.flops_per_row
+    assert layer.record.backend == backend
+    # In training with their gradients, but no gradient of x; what balances and weighs paths are no matrix products. The
+    # native operator computes hidden units again.
+    again = w_in if backend == "native" else 0
+    assert count_flops(lambda: layer.train()(x).sum().backward()) == 2 * nodes + 2 * w_in + 3 * w_out + again
 
 
 @pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped product")

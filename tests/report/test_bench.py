@@ -140,10 +140,21 @@ def test_a_gpu_has_tables_of_its_own(results):
         row("training_cuda", "step_depth8", "fff", 8, 8, 1e-3, **on),
         row("training_cuda", "step_depth8", "dense", 8, 8, None, **refused),
     ]
+    compiled = {"fff_compiled": 1e-4, "fff_compiled_graph": 2e-5, "dense_compiled": 3e-4, "dense_compiled_graph": 1e-4}
+    inference += rows("compiled_batch8_depth5", 5, compiled)
+    tiles = {"triton_graph": 2e-5, "triton_tiles16x64x4x3_graph": 3e-5, "triton_tiles64x64x4x3_graph": None}
+    crossover = [
+        *rows("tiles_num_experts32", None, tiles),
+        *rows("tiles_training_depth8", 8, {"fff_graph": 7e-4, "fff_tiles16x64x4x3_graph": 8e-4}),
+        *rows("levels_depth8_batch8", 8, {"descend_graph": 5e-6, "descend_levels0_graph": 6e-6}),
+        *rows("levels_depth9_batch8", 9, {"descend_graph": 7e-6, "descend_levels0_graph": 8e-6}),
+    ]
     unmeasured = ratio(None, None, at_least=3.0) | {"suite": "inference_cuda", "of": "dense", "over": "fff"}
     folder = results / "bench"
     pd.DataFrame(inference).to_csv(folder / "inference_cuda.csv", index=False)
     pd.DataFrame(training).to_csv(folder / "training_cuda.csv", index=False)
+    of_crossover = [entry | {"suite": "crossover_cuda"} for entry in crossover]
+    pd.DataFrame(of_crossover).to_csv(folder / "crossover_cuda.csv", index=False)
     pd.DataFrame([unmeasured]).to_csv(folder / "inference_cuda.ratios.csv", index=False)
     after = {table.name: table for table in bench.report(study).tables}
     for name in set(before) - {"bench_targets"}:
@@ -158,6 +169,17 @@ def test_a_gpu_has_tables_of_its_own(results):
     assert list(after["bench_gpu_dispatch"].frame["ours in PyTorch"]) == ["30x"]
     assert list(after["bench_gpu_routing"].frame["flat gate"]) == ["2x"]
     assert list(steps["step, ms"]) == ["1", "–"] and list(steps["peak, MiB"]) == ["1", "–"]
+    assert list(after["bench_gpu_step"].frame["ours, us"]) == ["1,000"]
+    compiled = after["bench_gpu_compiled"].frame
+    assert list(compiled["dense, training width"]) == ["3x"] and list(compiled["the same, both as graphs"]) == ["5x"]
+    # The longer list goes down; names of ours and theirs without what they share.
+    tiles, levels = after["bench_gpu_tiles"].frame, after["bench_gpu_levels"].frame
+    assert list(tiles[""]) == ["by itself", "tiles16x64x4x3", "tiles64x64x4x3"]
+    assert list(tiles["tiles_num_experts32"]) == ["20", "30", "refused"]
+    assert list(tiles["tiles_training_depth8"]) == ["700", "800", "–"]
+    assert list(levels[""]) == ["levels_depth8_batch8", "levels_depth9_batch8"]
+    assert list(levels["by itself"]) == ["5", "7"] and list(levels["levels0"]) == ["6", "8"]
+    assert "crossover_cuda" not in set(bench.report(study).cells["suite"])  # too many
     assert list(after["bench_targets"].frame["met"]) == ["missed", "yes", "not measured"]
 
 

@@ -20,8 +20,8 @@ as vectors. Such a call is bound by memory, and matrix units would idle on 15 of
 
 Limits: expert width at most 256; float32, float16, bfloat16; the named activations; no dropout; no second derivative.
 The weight gradient of an expert is summed by one program per block of columns however many rows it has: if one expert
-has most rows, that is slow. Tile sizes were measured on an H100 with experts of 32 units in bfloat16
-(`python -m experiments.bench suite=crossover device=cuda`); for others they are reasoned from these.
+has most rows, that is slow. Tile sizes and `few` were measured on an H100 and an H200 with experts of 32 units in
+bfloat16 (results/bench/crossover_cuda.csv); for others they are reasoned from these.
 
 T rows, D input width, O output width, E experts, L expert width, H = L (2 L for gated units), K choices per row,
 M = T K choices, W = L rounded up to a power of two of at least 16, which matrix units need.
@@ -45,7 +45,8 @@ from fff.ops.expert_order.triton import max_tiles, tiled_order
 MAX_WIDTH = 256
 # Of a tile, and of the units that `_weights` sums at a time. With 64, products run on Hopper's asynchronous units, and
 # Triton 3.6 then refills a block that they still read, where the block is used for a sum as well: g in `_backward`, u
-# and r in `_weights`. Larger tiles are no faster in inference and at most 4 % in training (suite=crossover, an H100).
+# and r in `_weights`; tests/ops/aot.py looks for it. Tiles of 64 rows would be at most 6 % faster where no block is
+# used twice (results/bench/crossover_cuda.csv).
 MAX_ROWS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,9 +61,9 @@ class Tiles(NamedTuple):
 
 
 def few(choices: int, num_experts: int) -> bool:
-    """Whether choices go one by one: no more than fill the card a few times, and few enough of each expert that reading
-    its weights for every one of them costs less than an order."""
-    return choices <= min(384, 8 * num_experts)
+    """Whether choices go one by one: no more than the card runs at once, and few enough of each expert that reading its
+    weights for every one of them costs less than an order."""
+    return choices <= min(128, 8 * num_experts)
 
 
 def _padded(width: int) -> int:

@@ -34,7 +34,8 @@ Limits
 - A row with a nan spoils the weight gradient of every node in the first levels, as it does in `F.linear`, not just of
   those on its way.
 - With TensorFloat32 the two kernels round differently, so that a logit near 0 may decide otherwise in a small batch.
-- Block sizes and `top_levels` were measured on an H100 for 768 inputs in bfloat16, and are the same for all others.
+- Block sizes and `top_levels` were measured on an H100 and an H200 for 768 inputs in bfloat16, and are the same for
+  all others.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DEPTH = 15
 MAX_LEVELS = 7  # the logits of 127 nodes for BLOCK_ROWS rows are 64 registers of each thread
 BLOCK_ROWS = 64  # rows of a tile of `_top`
+MANY_ROWS = 8192  # from here on it pays; at 4096 it does not
 SPREAD_LEVELS = 8  # whose weight gradients are one matmul, (T, 2^8) by (T, D)
 
 
@@ -282,13 +284,14 @@ def _node_gradient(
 
 
 def top_levels(rows: int, depth: int) -> int:
-    """How many levels go by matmul: all of a shallow tree, none of a deeper one, or of one row.
+    """How many levels go by matmul: none for a few thousand rows, which walk in one wave; all of a shallow tree's for
+    more of them, and of a deeper one's the first 6, as the seventh has as many nodes as all before it.
 
-    As measured on an H100 for 768 inputs in bfloat16 (`python -m experiments.bench suite=crossover device=cuda`). A row
-    reads the weights of a node on its way, a tile those of all nodes; for both, the row itself is read once. So levels
-    by matmul pay where no row has to be read again for those below.
+    As measured for 768 inputs in bfloat16 (results/bench/crossover_cuda.csv).
     """
-    return depth if depth <= MAX_LEVELS and rows >= 8 else 0
+    if rows < MANY_ROWS:
+        return 0
+    return depth if depth <= MAX_LEVELS else 6
 
 
 def refusal(x: Tensor, node_weight: Tensor) -> str | None:

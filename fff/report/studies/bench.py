@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from fff.report import figures
+from fff.report import bench_gpu, figures
+from fff.report.bench_gpu import steps
 from fff.report.study import Report, StudyData
-from fff.report.tables import MISSING, Table, number
+from fff.report.tables import MISSING, Table, known, number, short
 
 # Peers that a speed-up is told over, in the order of the columns, and how a reader calls them.
 PEERS = {
@@ -31,20 +32,6 @@ _COLORS = {
 }
 _MARKERS = dict(zip(_DRAWN, figures.MARKERS + ("*",), strict=True))
 _SIZES = ["depth", "batch"]
-# On a GPU: ours, and the peers that its time is told over. Graphs are compared with our graph.
-GRAPH = "_graph"
-_AS_GRAPHS = "the same, both as graphs"
-GPU_LAYER = {
-    "dense": "dense, training width",
-    "dense_graph": _AS_GRAPHS,
-    "dense_leaf": "dense, one leaf",
-    "moe_top_1": "flat MoE, top-1",
-    "moe_top_2": "flat MoE, top-2",
-    "grouped_mm": "grouped_mm",
-    "fff_grouped": "ours in PyTorch",
-}
-GPU_DISPATCH = {"grouped_mm": "grouped_mm", "grouped_mm_graph": _AS_GRAPHS, "grouped": "ours in PyTorch"}
-GPU_ROUTING = {"gate": "flat gate", "gate_graph": _AS_GRAPHS, "descend_pytorch": "descent in PyTorch"}
 
 
 def report(data: StudyData) -> Report:
@@ -70,15 +57,15 @@ def report(data: StudyData) -> Report:
             remarks.append(f"bench: no rows of suite={suite}")
         else:
             made.append(make(part))
-    made += _gpu(rows)
+    made += bench_gpu.tables(rows)
     drawn = {
         "scaling": figure_scaling(rows[rows["suite"] == "scaling"]),
         "speedup": figure_speedup(rows[rows["suite"] == "inference"], ratios),
         "roofline": figure_roofline(rows[rows["suite"].isin(["inference", "scaling"])]),
     }
     tables = [*made, targets(ratios[ratios["suite"] != "crossover"])]
-    # Those of the choice of a backend are many, and summed up; they lie in bench/crossover.csv.
-    rows = rows[rows["suite"] != "crossover"]
+    # Those of crossovers are many, and summed up; they lie in bench/crossover.csv and bench/crossover_cuda.csv.
+    rows = rows[~rows["suite"].str.startswith("crossover")]
     return Report(rows, tables, {name: figure for name, figure in drawn.items() if figure is not None}, remarks)
 
 
@@ -139,12 +126,7 @@ def _inference(rows: pd.DataFrame, ratios: pd.DataFrame) -> Table:
 
 
 def _times(values: pd.Series) -> list[str]:
-    return [MISSING if pd.isna(value) else f"{_short(value)}x" for value in values]
-
-
-def _short(value: float) -> str:
-    """Three digits, and no exponent."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return [MISSING if pd.isna(value) else f"{short(value)}x" for value in values]
 
 
 def _latency(rows: pd.DataFrame) -> Table:
@@ -157,7 +139,7 @@ def _latency(rows: pd.DataFrame) -> Table:
 def _scaling(rows: pd.DataFrame) -> Table:
     times = 1e3 * _grid(rows)
     columns = {
-        title: [MISSING if pd.isna(value) else _short(value) for value in times[name]]
+        title: [MISSING if pd.isna(value) else short(value) for value in times[name]]
         for name, title in LABELS.items()
         if name in times
     }
@@ -167,91 +149,7 @@ def _scaling(rows: pd.DataFrame) -> Table:
 
 
 def _training(rows: pd.DataFrame) -> Table:
-    return _steps(rows, "bench_training", "Training steps", f"{machine(rows)}. Forward, backward, SGD.")
-
-
-def _steps(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
-    frame = pd.DataFrame(
-        {
-            "case": rows["case"],
-            "candidate": rows["candidate"],
-            "depth": rows["depth"].astype(int).map(str),
-            "batch": rows["batch"].astype(int).map(str),
-            "step, ms": [MISSING if pd.isna(value) else f"{1e3 * value:.3g}" for value in rows["median_s"]],
-            "peak, MiB": [number(value / 2**20, 0) for value in rows["peak_bytes"]],
-        }
-    )
-    return Table(name, title, frame, note, 2)
-
-
-def _gpu(rows: pd.DataFrame) -> list[Table]:
-    """Tables of the suites that ran on a GPU; none where none did."""
-    made = []
-    inference = rows[rows["suite"] == "inference_cuda"]
-    for name, title, cases, size, ours, peers in (
-        ("bench_gpu", "Hard evaluation on a GPU", ("layer", "deep"), "depth", "fff", GPU_LAYER),
-        ("bench_gpu_dispatch", "Rows to given experts on a GPU", "dispatch", "num_experts", "triton", GPU_DISPATCH),
-        ("bench_gpu_routing", "Decisions on a GPU", "routing", "depth", "descend", GPU_ROUTING),
-    ):
-        part = inference[inference["case"].str.startswith(cases)]
-        if not part.empty:
-            made.append(_gpu_times(part, name, title, size, ours, peers))
-    training = rows[rows["suite"] == "training_cuda"]
-    if not training.empty:
-        note = (
-            f"{gpu_machine(training)}. step: forward and backward for rows and parameters; block: x + layer(norm(x)),"
-            " and a step of AdamW. MiB that a call holds at once beyond the weights, not counted of graphs."
-            f" {MISSING}: refused, for its outputs differed."
-        )
-        made.append(_steps(training, "bench_gpu_training", "Training steps on a GPU", note))
-    return made
-
-
-def gpu_machine(rows: pd.DataFrame) -> str:
-    """What the rows were measured on, and the ceilings that were measured there."""
-    names = rows[["gpu", "torch"]].drop_duplicates()
-    where = "; ".join(f"{row.gpu}, torch {row.torch}" for row in names.itertuples())
-    if rows["bandwidth"].notna().any():
-        copy, rate = rows["bandwidth"].median() / 1e12, rows["matmul_rate"].median() / 1e12
-        where += f"; copies at {copy:.3g} TB/s, matrix products at {rate:.3g} TFLOP/s"
-    kinds = sorted(rows["dtype"].dropna().unique())
-    return f"{where}; {', '.join(kinds)}"
-
-
-def _gpu_times(rows: pd.DataFrame, name: str, title: str, size: str, ours: str, peers: dict[str, str]) -> Table:
-    sizes = rows[[size, "batch"]].astype(int).drop_duplicates().sort_values(["batch", size])
-    points = pd.MultiIndex.from_frame(sizes)
-    columns = [ours, ours + GRAPH, *peers]
-
-    def of(value: str) -> pd.DataFrame:
-        """Absent where a candidate was refused or could not be had."""
-        table = rows.astype({size: int, "batch": int}).pivot(index=[size, "batch"], columns="candidate", values=value)
-        return table.reindex(index=points, columns=columns)
-
-    times, share = of("median_s"), of("floor_share")
-    over = {peer: times[peer] / times[ours + GRAPH if peer.endswith(GRAPH) else ours] for peer in peers}
-    frame = pd.DataFrame(
-        {
-            {"num_experts": "experts"}.get(size, size): [str(point[0]) for point in points],
-            "batch": [str(point[1]) for point in points],
-            "ours, us": [_known(1e6 * value) for value in times[ours]],
-            "as a graph, us": [_known(1e6 * value) for value in times[ours + GRAPH]],
-            "graph, of the floor": [_known(100 * value, " %") for value in share[ours + GRAPH]],
-            **{label: [_known(value, "x") for value in over[peer]] for peer, label in peers.items()},
-        }
-    )
-    note = (
-        f"{gpu_machine(rows)}. How many times longer each other takes than ours. A graph is replayed without the"
-        " launches that the host makes between kernels. What computes the same function, and flat MoEs, gave the"
-        " outputs of float64 on the same routes before they were timed. Floor: counted bytes at the speed of a copy or"
-        " counted operations at that of matrix products; what lies in a cache can be faster."
-        f" {MISSING}: refused, or not to be had."
-    )
-    return Table(name, title, frame, note, text_columns=2)
-
-
-def _known(value: float, unit: str = "") -> str:
-    return MISSING if pd.isna(value) else f"{_short(value)}{unit}"
+    return steps(rows, "bench_training", "Training steps", f"{machine(rows)}. Forward, backward, SGD.")
 
 
 def _routing(rows: pd.DataFrame) -> Table:
@@ -299,7 +197,7 @@ def _memory(rows: pd.DataFrame) -> Table:
             "depth": [str(key[1]) for key in peak.index],
             "batch": [str(key[2]) for key in peak.index],
             **{
-                name.replace("_", " "): [MISSING if pd.isna(v) else _short(v / 2**20) for v in peak[name]]
+                name.replace("_", " "): [MISSING if pd.isna(v) else short(v / 2**20) for v in peak[name]]
                 for name in dict.fromkeys(rows["candidate"])
             },
         }
@@ -323,8 +221,8 @@ def _crossover(ratios: pd.DataFrame, rows: pd.DataFrame) -> Table:
                 "choice": titles[of],
                 "cases": str(len(part)),
                 "within 1.3": str(int((part["met"].astype(str) == "True").sum())),
-                "median": _short(part["median"].median()),
-                "worst": _short(worst["median"]),
+                "median": short(part["median"].median()),
+                "worst": short(worst["median"]),
                 "worst case": f"{worst['case'].partition('_')[2]}, where {worst['over']} is best",
             }
         )
@@ -347,9 +245,9 @@ def targets(ratios: pd.DataFrame) -> Table:
                 f"{q}: {of} / {over}"
                 for q, of, over in zip(judged["quantity"], judged["of"], judged["over"], strict=True)
             ],
-            "median": [_known(value) for value in judged["median"]],
+            "median": [known(value) for value in judged["median"]],
             "quartiles": [
-                MISSING if pd.isna(low) else f"{_short(low)} - {_short(high)}"
+                MISSING if pd.isna(low) else f"{short(low)} - {short(high)}"
                 for low, high in zip(judged["low"], judged["high"], strict=True)
             ],
             "target": bound,
@@ -401,7 +299,7 @@ def figure_speedup(rows: pd.DataFrame, ratios: pd.DataFrame) -> Figure | None:
     for i, depth in enumerate(ratio.index):
         for j, batch in enumerate(ratio.columns):
             value = ratio.loc[depth, batch]
-            axes.text(j, i, f"{_short(value)}x", ha="center", va="center", color="white" if value > middle else "black")
+            axes.text(j, i, f"{short(value)}x", ha="center", va="center", color="white" if value > middle else "black")
     axes.set_xticks(range(len(ratio.columns)), [str(int(batch)) for batch in ratio.columns])
     axes.set_yticks(range(len(ratio.index)), [str(int(depth)) for depth in ratio.index])
     axes.set(xlabel="batch", ylabel="depth", title="faster than dense of the training width")
