@@ -427,13 +427,15 @@ class FFF(ExpertLayer):
         if self.mode != "gated":
             # p / stop_gradient(sum p): the weights add up to 1 and keep the gradient of each p; for one leaf the value
             # is exactly 1, as exp(0) is. Beside a runner-up p / sum p, whose gradient is the difference of both leaves.
-            total = log_p.logsumexp(-1, keepdim=True)
+            total = log_p if log_p.shape[-1] == 1 else log_p.logsumexp(-1, keepdim=True)
             log_p = log_p - (total if self._compares() else total.detach())
         losses = {}
         if self.training:
             greedy = slice(1 if self._compares() else None)
             route = Path(path.node[:, :, greedy], path.right[:, :, greedy])
-            losses = self._hard_losses(top, visited[:, :, greedy], route, decided[:, :, greedy])
+            # Where a leak took the other child, the probability of going right is that of going left.
+            leaked = visited if flip is None else torch.where(path.right == decided, visited, -visited)
+            losses = self._hard_losses(top, visited[:, :, greedy], route, leaked[:, :, greedy])
         return _Routing(index, log_p.exp().flatten(1), losses, trace)
 
     def _soft_losses(self, logits: Tensor, leaf: Tensor, probability: Tensor) -> dict[str, Tensor]:
@@ -448,7 +450,7 @@ class FFF(ExpertLayer):
             losses["node_balance"] = self._mean_over_trees(lambda p: balance.node_balance(logits[:, p]))
         return losses
 
-    def _hard_losses(self, top: Tensor | None, visited: Tensor, path: Path, decided: Tensor) -> dict[str, Tensor]:
+    def _hard_losses(self, top: Tensor | None, visited: Tensor, path: Path, leaked: Tensor) -> dict[str, Tensor]:
         if self.depth == 0:
             return {}
         losses = {}
@@ -456,7 +458,7 @@ class FFF(ExpertLayer):
             losses["hardening"] = balance.hardening_entropy(visited)
         if self.balance_weight:
             child = 2 * path.node + 1 + path.right.to(torch.int64)
-            right = torch.sigmoid(torch.where(path.right == decided, visited, -visited))
+            right = torch.sigmoid(leaked)
             losses["balance"] = self._mean_over_trees(
                 lambda p: balance.path_balance(child[:, p].flatten(0, 1), right[:, p].flatten(0, 1), self.depth)
             )
@@ -465,7 +467,7 @@ class FFF(ExpertLayer):
         return losses
 
     def _mean_over_trees(self, loss: Callable[[int], Tensor]) -> Tensor:
-        return torch.stack([loss(p) for p in range(self.num_trees)]).mean()
+        return loss(0) if self.num_trees == 1 else torch.stack([loss(p) for p in range(self.num_trees)]).mean()
 
     def _record(self, routing: _Routing, backend: str) -> Record:
         trace = routing.trace

@@ -233,3 +233,10 @@ def test_bias_step_by_hand():
     new = balance.bias_step(bias, torch.tensor([6, 3, 0]), rate=0.1)
     torch.testing.assert_close(new, torch.tensor([0.4, 0.0, -0.9]))
     assert bias.tolist() == [0.5, 0.0, -1.0]
+
+
+@pytest.mark.parametrize("num", [1, 2, 510, 2**16 - 1])
+def test_counts_of_a_gpu(num):
+    """By a histogram, whose bins must fall between the integers; entries of -1 are none."""
+    index = torch.cat([torch.randint(-1, num, (100_000,)), torch.tensor([-1, 0, num - 1])])
+    assert torch.equal(balance._histogram(index, num).long(), torch.bincount(index[index >= 0], minlength=num))
