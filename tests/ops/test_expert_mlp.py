@@ -1,14 +1,18 @@
 """Every backend of the gated expert sum against the loop that reads like the formula."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fff.ops.activation import ACTIVATIONS
 from fff.ops.expert_mlp import Problem, expert_mlp, resolve_backend
 from fff.ops.expert_mlp.grouped import grouped_linear
 
 HARD = ["grouped", "gather", "dense"]
+grouped_module = sys.modules["fff.ops.expert_mlp.grouped"]  # whose name in the package is a function's
 
 
 def parameters(d, experts, width, out, *, glu=False, bias=True, dtype=torch.float64):
@@ -189,6 +193,49 @@ def test_grouped_gradient_lies_in_memory_as_the_parameter():
     w_in, b_in, w_out, b_out = parameters(8, 3, 4, 5)
     expert_mlp(torch.randn(6, 8).double(), torch.randint(3, (6, 1)), None, w_in, b_in, w_out, b_out).sum().backward()
     assert w_in.grad.is_contiguous() and w_out.grad.is_contiguous()
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped product")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_groups_at_once_as_on_a_gpu(choices, glu, gradient, monkeypatch):
+    """With rows that have no expert, and an expert that has no rows, whose part of the results nobody else writes."""
+    monkeypatch.setattr(grouped_module, "at_once", lambda x, weight: True)
+    product, called = F.grouped_mm, []
+
+    def spoiling(x, weight, *, offs):
+        called.append(x.shape)
+        y = product(x, weight, offs=offs)
+        if y.dim() == 2:
+            y[offs[-1] :] = torch.nan
+        else:
+            y[offs == offs.roll(1)] = torch.nan  # the first group is never empty here
+        return y
+
+    monkeypatch.setattr(F, "grouped_mm", spoiling)
+    index = torch.randint(4, (37, choices))
+    index[index == 2] = -1
+    index[0], index[5] = 0, -1
+    x, grad = torch.randn(37, 16), torch.randn(37, 8)
+    weights = [w.detach().float() for w in parameters(16, 4, 8, 8, glu=glu)]
+    gate = torch.rand(37, choices)
+
+    def results(backend):
+        given = [t.detach().requires_grad_(gradient) for t in (x, gate, *weights)]
+        y = expert_mlp(given[0], index, *given[1:], backend=backend, glu=glu)
+        return [y, *(torch.autograd.grad(y, given, grad) if gradient else ())]
+
+    found = results("grouped")
+    assert len(called) == (6 if gradient else 2)
+    for actual, expected in zip(found, results("reference"), strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert actual.is_contiguous()
+
+
+def test_what_torch_multiplies_at_once():
+    x, weight = torch.randn(3, 16, device="meta"), torch.randn(4, 16, 8, device="meta")
+    assert not grouped_module.at_once(x.bfloat16(), weight.bfloat16())  # not on a GPU
 
 
 def test_grouped_linear_passes_the_checks_of_custom_operators():
