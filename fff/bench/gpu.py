@@ -137,8 +137,8 @@ def dispatch(
         for name in ("triton", "grouped")
     }
     known["grouped_mm"] = given(lambda r: grouped_mm(r, index, None, *experts, F.relu)) if takes else lambda rows: None
-    for name in {peer.removesuffix(GRAPH) for peer in peers} - set(known):
-        known |= {name: forced(known["triton"], name.removeprefix("triton_"))} if name.startswith("triton_") else {}
+    for name in {peer.removesuffix(GRAPH) for peer in peers if peer.startswith("triton_")} - set(known):
+        known[name] = forced(known["triton"], name.removeprefix("triton_"))
     found = _candidates(peers, known, x)
     return {name: c._replace(backend=name.removesuffix(GRAPH), counted=False) for name, c in found.items()}
 

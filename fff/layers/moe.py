@@ -246,7 +246,7 @@ class MoE(ExpertLayer):
         weight = self.gate_weight
         half = rows.is_cuda and rows.dtype == weight.dtype and weight.dtype in (torch.float16, torch.bfloat16)
         gradient = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-        if half and not gradient and not self.training and _MM_KNOWS_OUT_DTYPE:
+        if half and not gradient and not self.training and _MM_WIDENS and not torch.compiler.is_compiling():
             return torch.mm(rows, weight.T, out_dtype=torch.float32)
         return F.linear(routed, _at_least_float32(weight))
 
@@ -278,7 +278,8 @@ class MoE(ExpertLayer):
         )
 
 
-_MM_KNOWS_OUT_DTYPE = torch.__version__ >= (2, 8)
+# `out_dtype` is older, but dynamo could not trace it, nor ROCm run it.
+_MM_WIDENS = torch.__version__ >= (2, 11) and torch.version.hip is None
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

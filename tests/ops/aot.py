@@ -58,6 +58,7 @@ def descents() -> Iterator[None]:
 
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         yield descend(dtype, 100, 768, 9, 2, 7)
+        yield descend(dtype, 8192, 1536, 9, 1, None)
     torch.set_float32_matmul_precision("high")
     yield descend(torch.float32, 100, 768, 7, 2, 7)
     torch.set_float32_matmul_precision("highest")
@@ -85,6 +86,7 @@ def dispatches() -> Iterator[None]:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         yield dispatch(dtype, 1000, 32, 2, "gelu", True)
         yield dispatch(dtype, 1000, 256, 1, "relu", False)
+        yield dispatch(dtype, 2100, 32, 1, "gelu", False)  # many choices of each expert
         yield dispatch(dtype, 100, 32, 1, "gelu", False)
     for width in (64, 128):
         yield dispatch(torch.bfloat16, 1000, width, 1, "gelu_tanh", False)
@@ -111,9 +113,18 @@ def races(kernel: triton.compiler.CompiledKernel) -> list[str]:
     """Blocks in shared memory that an asynchronous product reads while they are loaded from elsewhere too: Triton 3.6
     takes such a block for free as soon as that load is done, and refills it under the product."""
     code = kernel.asm["ttgir"]
-    products = re.findall(r"(?:warp_group_dot|tc_gen5_mma) (%\w+)(?:\[[^]]*\])?, (%\w+)[^\n]*", code)
-    loaded = set(re.findall(r"local_load (%\w+)", code))
-    return sorted(loaded & {operand for pair in products for operand in pair})
+    source = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", code))  # views: a slot of a buffer, its transpose
+
+    def buffer(name: str) -> str:
+        return buffer(source[name]) if name in source else name
+
+    read = {buffer(operand) for pair in products(kernel) for operand in pair}
+    return sorted(read & set(map(buffer, re.findall(r"local_load (%\w+)", code))))
+
+
+def products(kernel: triton.compiler.CompiledKernel) -> list[tuple[str, str]]:
+    """Operands of each asynchronous product, as they stand in the code."""
+    return re.findall(r"(?:warp_group_dot|tc_gen5_mma) (%\w+)(?:\[[^]]*\])?, (%\w+)", kernel.asm["ttgir"])
 
 
 def main(module: str, *capabilities: str) -> int:
@@ -132,6 +143,10 @@ def main(module: str, *capabilities: str) -> int:
         compiled.clear()
         for _ in LAUNCHES[module]():
             pass
+        # Were they renamed, no race would be found any more. The kernel for many rows and nodes has one.
+        if capability >= 90 and "tree_route" in module and not any(map(products, compiled.values())):
+            failures += 1
+            print(f"sm_{capability}: NO ASYNCHRONOUS PRODUCT FOUND")
         for kernel in compiled.values():
             needs = resources(kernel)
             fits = needs["shared"] <= SHARED_BYTES[capability]

@@ -1,6 +1,7 @@
 """Every backend of the gated expert sum against the loop that reads like the formula."""
 
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -233,9 +234,22 @@ def test_groups_at_once_as_on_a_gpu(choices, glu, gradient, monkeypatch):
         assert actual.is_contiguous()
 
 
-def test_what_torch_multiplies_at_once():
-    x, weight = torch.randn(3, 16, device="meta"), torch.randn(4, 16, 8, device="meta")
-    assert not grouped_module.at_once(x.bfloat16(), weight.bfloat16())  # not on a GPU
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped product")
+def test_what_torch_multiplies_at_once(monkeypatch):
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+
+    def taken(rows=5, experts=4, width=16, out=8, dtype=torch.bfloat16, offset=0):
+        x = MagicMock(spec=torch.Tensor, is_cuda=True, dtype=dtype, storage_offset=lambda: 0, __len__=lambda _: rows)
+        weight = torch.empty(experts * width * out + offset, dtype=dtype, device="meta")[offset:]
+        return grouped_module.at_once(x, weight.view(experts, width, out))
+
+    assert taken()
+    assert not taken(rows=0) and not taken(experts=1025) and not taken(width=12) and not taken(out=12)
+    assert not taken(dtype=torch.float32) and not taken(offset=1)
+    assert not grouped_module.at_once(torch.empty(5, 16).bfloat16(), torch.empty(4, 16, 8).bfloat16())  # on a CPU
+    capability[0] = (8, 0)
+    assert not taken()
 
 
 def test_grouped_linear_passes_the_checks_of_custom_operators():

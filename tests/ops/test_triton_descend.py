@@ -122,7 +122,9 @@ def test_leaf_logits_and_gradients(options, trees, levels, dtype):
         (0, 5, 4, 2, None),  # no row
         (5, 1, 2, 1, 1),  # one number in a row
         (70, 33, 4, 2, 3),  # more rows than a tile
-        (3, 600, 3, 1, 2),  # more columns than a block of any kernel
+        (3, 1030, 3, 2, 0),  # more columns than a block of any kernel
+        (3, 600, 3, 1, 2),
+        (9, 6, 9, 2, None),  # deeper than gradients of weights go by matmul
         (4, 9, 1, 1, 0),
         (4, 9, 1, 3, 1),
         (6, 7, 0, 3, None),  # no node

@@ -23,10 +23,12 @@ MAX_GROUPS = 1024  # of torch's grouped product, up to torch 2.11 at least
 
 
 def at_once(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product multiplies rows by (E, A, B): bfloat16 on a GPU, rows of whole 16 bytes."""
+    """Whether torch's grouped product multiplies rows by (E, A, B): bfloat16, rows of whole 16 bytes, a GPU from Hopper
+    on, as on others torch loops as well."""
     if not (hasattr(F, "grouped_mm") and x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and len(x)):
         return False
-    return weight.shape[0] <= MAX_GROUPS and all(size % 8 == 0 for size in weight.shape[1:])
+    aligned = all(number % 8 == 0 for number in (*weight.shape[1:], x.storage_offset(), weight.storage_offset()))
+    return aligned and weight.shape[0] <= MAX_GROUPS and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def _group(rows: int, offset: Tensor) -> Tensor:
@@ -183,8 +185,8 @@ def grouped(
     order, offset = expert_order(index.flatten(), w_in.shape[0])
     row = order if choices == 1 else torch.div(order, choices, rounding_mode="floor")
     gate = None if gate is None else gate.flatten().index_select(0, order).unsqueeze(-1)
-    by_expert = not at_once(x, w_in.transpose(1, 2)) or not at_once(x, w_out)
-    if by_expert and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    together = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if not (together or at_once(x, w_in.transpose(1, 2)) and at_once(x, w_out)):
         return _without_gradient(x, row, gate, offset, w_in, b_in, w_out, b_out, act, glu, dropout)
     pre = grouped_linear(x.index_select(0, row), w_in.transpose(1, 2), b_in, offset)
     out = grouped_linear(hidden_units(pre, act, glu, dropout), w_out, b_out, offset)

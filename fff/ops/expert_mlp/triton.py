@@ -20,8 +20,9 @@ as vectors. Such a call is bound by memory, and matrix units would idle on 15 of
 
 Limits: expert width at most 256; float32, float16, bfloat16; the named activations; no dropout; no second derivative.
 The weight gradient of an expert is summed by one program per block of columns however many rows it has: if one expert
-has most rows, that is slow. Tile sizes and `few` were measured on an H100 and an H200 with experts of 32 units in
-bfloat16 (results/bench/crossover_cuda.csv); for others they are reasoned from these.
+has most rows, that is slow. Tile sizes and `few` were measured on an H200 with experts of 32 units in bfloat16
+(results/bench/crossover_cuda.csv), those of `_weights` by trials on an H100 that were not kept; for others they are
+reasoned from these.
 
 T rows, D input width, O output width, E experts, L expert width, H = L (2 L for gated units), K choices per row,
 M = T K choices, W = L rounded up to a power of two of at least 16, which matrix units need.

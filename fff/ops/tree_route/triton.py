@@ -33,9 +33,10 @@ Limits
   collapsed tree, these programs run long after all others are done. Backward sorts the choices by leaf for it, once.
 - A row with a nan spoils the weight gradient of every node in the first levels, as it does in `F.linear`, not just of
   those on its way.
-- With TensorFloat32 the two kernels round differently, so that a logit near 0 may decide otherwise in a small batch.
-- Block sizes and `top_levels` were measured on an H100 and an H200 for 768 inputs in bfloat16, and are the same for
-  all others.
+- With TensorFloat32 the two kernels round differently, so that a logit near 0 may decide otherwise in a batch of fewer
+  rows than `MANY_ROWS`.
+- `top_levels` was measured on an H200 for 768 inputs in bfloat16 (results/bench/crossover_cuda.csv), block sizes by
+  trials on an H100 that were not kept. They are the same for all others.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DEPTH = 15
 MAX_LEVELS = 7  # the logits of 127 nodes for BLOCK_ROWS rows are 64 registers of each thread
 BLOCK_ROWS = 64  # rows of a tile of `_top`
-MANY_ROWS = 8192  # from here on it pays; at 4096 it does not
+MANY_ROWS = 8192  # in all trees, from where on it is taken: at 4096 it does not pay, at 32768 it does
 SPREAD_LEVELS = 8  # whose weight gradients are one matmul, (T, 2^8) by (T, D)
 
 
@@ -287,7 +288,7 @@ def top_levels(rows: int, depth: int) -> int:
     """How many levels go by matmul: none for a few thousand rows, which walk in one wave; all of a shallow tree's for
     more of them, and of a deeper one's the first 6, as the seventh has as many nodes as all before it.
 
-    As measured for 768 inputs in bfloat16 (results/bench/crossover_cuda.csv).
+    rows: times trees.  As measured for 768 inputs in bfloat16 and depths 7, 8 and 11.
     """
     if rows < MANY_ROWS:
         return 0
@@ -340,7 +341,7 @@ def _descend(
         index.copy_(torch.arange(num_trees, device=x.device))
     if depth == 0 or rows == 0:
         return logit, index
-    levels = top_levels(rows, depth) if levels is None else levels
+    levels = top_levels(rows * num_trees, depth) if levels is None else levels
     x = _rows(x)
     pointers = x, *map(_given, (node_weight, node_bias, decision_bias, flip)), index, logit
     sizes = num_trees, in_features, x.stride(0), depth

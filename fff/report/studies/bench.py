@@ -57,7 +57,7 @@ def report(data: StudyData) -> Report:
             remarks.append(f"bench: no rows of suite={suite}")
         else:
             made.append(make(part))
-    made += bench_gpu.tables(rows)
+    made += bench_gpu.tables(rows, ratios)
     drawn = {
         "scaling": figure_scaling(rows[rows["suite"] == "scaling"]),
         "speedup": figure_speedup(rows[rows["suite"] == "inference"], ratios),
