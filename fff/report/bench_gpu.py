@@ -113,9 +113,9 @@ def _times(
     note = (
         f"{machine(rows)}. How many times longer each other takes than ours; where a target asks for it, the median"
         " over the rounds in which both ran. A graph is replayed without the launches that the host makes between"
-        " kernels. What computes the same function, and flat MoEs, gave the outputs of float64 on the same routes before"
-        " they were timed. Floor: counted bytes at the speed of a copy or counted operations at that of matrix products;"
-        f" what lies in a cache can be faster. {MISSING}: refused, or not to be had."
+        " kernels. What computes the same function, and flat MoEs, gave the outputs of float64 on the same routes"
+        " before they were timed. Floor: counted bytes at the speed of a copy or counted operations at that of matrix"
+        f" products; what lies in a cache can be faster. {MISSING}: refused, or not to be had."
     )
     return Table(name, title, frame, note, text_columns=2)
 
