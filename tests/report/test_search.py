@@ -157,3 +157,11 @@ def test_settings_with_fewer_seeds_are_told(report):
 def test_runs_that_saw_test_rows_or_share_validation_rows_are_refused(report, wrong):
     with pytest.raises(ValueError, match=r"by validation rows alone, other ones for each seed .*: run1$"):
         report((TREE, 0, 0.9), wrong)
+
+
+def test_no_layer_at_all_is_a_model_of_its_own(report):
+    none = {"layer._target_": "fff.NoFeedForward"}
+    made = report((DENSE, 0, 0.9), (lr(none, "0.001"), 0, 0.7), (lr(none, "0.002"), 0, 0.8))
+    assert list(made.tables[0].frame["model"]) == ["dense, width 16", "none"]
+    (line,) = made.tables[0].frame.iloc[1:].to_dict("records")
+    assert (line["learning rate"], line["validation"], line["settings tried"]) == ("0.002", "80.00 ± –", "2")

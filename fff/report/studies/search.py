@@ -20,6 +20,7 @@ _ARCHITECTURES = {
     "fff.FeedForward": ("dense", "layer.hidden_features", "width"),
     "fff.MoE": ("mixture", "layer.expert_width", "expert width"),
     "fff.FFF": ("tree", "layer.leaf_width", "leaf width"),
+    "fff.NoFeedForward": ("none", None, ""),
 }
 # What a class takes for an argument that the configuration leaves out: by place, class and argument.
 _DEFAULTS = {
@@ -103,11 +104,14 @@ def _settings(data: StudyData) -> tuple[pd.DataFrame, int]:
     they are others over again: those that name a default beside those that leave it out."""
     last = data.history.sort_values("epoch", kind="stable").drop_duplicates("cell", keep="last")
     known = [_ARCHITECTURES[layer] for layer in data.runs["layer._target_"]]
-    sizes = [int(row[column]) for row, (_, column, _) in zip(data.runs.to_dict("records"), known, strict=True)]
+    rows = zip(data.runs.to_dict("records"), known, strict=True)
+    sizes = [int(row[column]) if column else 0 for row, (_, column, _) in rows]
     runs = data.runs.assign(
         architecture=[name for name, _, _ in known],
         size=sizes,
-        model=[f"{name}, {words} {size}" for (name, _, words), size in zip(known, sizes, strict=True)],
+        model=[
+            f"{name}, {words} {size}" if words else name for (name, _, words), size in zip(known, sizes, strict=True)
+        ],
         leaves_used_train=data.runs["cell"].map(last.set_index("cell")["leaves_used"]).astype(float),
     )
     for (place, class_name, argument), default in _DEFAULTS.items():
