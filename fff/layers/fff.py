@@ -433,9 +433,7 @@ class FFF(ExpertLayer):
         if self.training:
             greedy = slice(1 if self._compares() else None)
             route = Path(path.node[:, :, greedy], path.right[:, :, greedy])
-            # Where a leak took the other child, the probability of going right is that of going left.
-            leaked = visited if flip is None else torch.where(path.right == decided, visited, -visited)
-            losses = self._hard_losses(top, visited[:, :, greedy], route, leaked[:, :, greedy])
+            losses = self._hard_losses(top, visited[:, :, greedy], route, decided[:, :, greedy])
         return _Routing(index, log_p.exp().flatten(1), losses, trace)
 
     def _soft_losses(self, logits: Tensor, leaf: Tensor, probability: Tensor) -> dict[str, Tensor]:
@@ -450,7 +448,7 @@ class FFF(ExpertLayer):
             losses["node_balance"] = self._mean_over_trees(lambda p: balance.node_balance(logits[:, p]))
         return losses
 
-    def _hard_losses(self, top: Tensor | None, visited: Tensor, path: Path, leaked: Tensor) -> dict[str, Tensor]:
+    def _hard_losses(self, top: Tensor | None, visited: Tensor, path: Path, decided: Tensor) -> dict[str, Tensor]:
         if self.depth == 0:
             return {}
         losses = {}
@@ -458,7 +456,7 @@ class FFF(ExpertLayer):
             losses["hardening"] = balance.hardening_entropy(visited)
         if self.balance_weight:
             child = 2 * path.node + 1 + path.right.to(torch.int64)
-            right = torch.sigmoid(leaked)
+            right = torch.sigmoid(torch.where(path.right == decided, visited, -visited))
             losses["balance"] = self._mean_over_trees(
                 lambda p: balance.path_balance(child[:, p].flatten(0, 1), right[:, p].flatten(0, 1), self.depth)
             )
