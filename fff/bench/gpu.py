@@ -14,6 +14,7 @@ Training therefore uses gelu.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -268,23 +269,22 @@ def tree_training(
 def forced(make: Make, choice: str) -> Make:
     """`make` with a choice of the dispatch kernels made for them, which are compiled and captured under it.
 
-    choice: "tiles<rows>x<columns>x<warps>x<stages>", "single" (choices one by one, see `few`) or "tiled" (never so).
+    choice: "single" (choices one by one, see `few`), "tiled" (never so) or "tiles<rows>x<columns>x<warps>x<stages>".
     """
     from fff.ops.expert_mlp import triton
 
-    if choice.startswith("tiles"):
-        size = triton.Tiles(*map(int, choice.removeprefix("tiles").split("x")))
-        target, function = "tiles", lambda *_, **__: size
-    elif choice in ("single", "tiled"):
-        target, function = "few", lambda *_: choice == "single"
-    else:
+    made = {"few": lambda *_: choice == "single"}
+    if sizes := re.fullmatch(r"tiles(\d+)x(\d+)x(\d+)x(\d+)", choice):
+        size = triton.Tiles(*map(int, sizes.groups()))
+        made["tiles"] = lambda *_, **__: size
+    elif choice not in ("single", "tiled"):
         raise ValueError(f"peers: {choice!r} is none of 'tiles<rows>x<columns>x<warps>x<stages>', 'single', 'tiled'")
 
     def build(rows: Tensor) -> Peer | None:
         peer = make(rows)
 
         def run() -> dict[str, Tensor]:
-            with patch.object(triton, target, function):
+            with patch.multiple(triton, **made):
                 return peer.run()
 
         return peer._replace(run=run)

@@ -222,11 +222,11 @@ class MoE(ExpertLayer):
         return math.ceil(round(factor * self.top_k * rows.shape[0] / self.num_experts, 6))
 
     def _route(self, rows: Tensor) -> TopKRoute:
-        routed = _at_least_float32(rows)
+        routed = _at_least_float32(rows) if self.training else rows
         if self.training and self.jitter:
             routed = routed * torch.empty_like(routed).uniform_(1 - self.jitter, 1 + self.jitter)
         with without_autocast(routed):
-            logits = self._scores(rows, routed)
+            logits = self._scores(routed)
             noise = None
             if self.training and self.noise_weight is not None:
                 noise = F.linear(routed, _at_least_float32(self.noise_weight))
@@ -240,15 +240,15 @@ class MoE(ExpertLayer):
             return top_k_route.expert_choice(logits, self._capacity(rows, self.capacity_factor or 1.0))
         return top_k_route.switch(logits) if self.router == "switch" else top_k_route.soft(logits)
 
-    def _scores(self, rows: Tensor, routed: Tensor) -> Tensor:
+    def _scores(self, rows: Tensor) -> Tensor:
         """(T, E) in float32 at least. Products of half-precision numbers are exact in float32, so where no gradient is
         wanted a GPU multiplies them as they are."""
         weight = self.gate_weight
         half = rows.is_cuda and rows.dtype == weight.dtype and weight.dtype in (torch.float16, torch.bfloat16)
         gradient = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-        if half and not gradient and not self.training and _MM_WIDENS and not torch.compiler.is_compiling():
+        if half and not gradient and _MM_WIDENS and not torch.compiler.is_compiling():
             return torch.mm(rows, weight.T, out_dtype=torch.float32)
-        return F.linear(routed, _at_least_float32(weight))
+        return F.linear(_at_least_float32(rows), _at_least_float32(weight))
 
     def _losses(self, route: TopKRoute) -> dict[str, Tensor]:
         losses = {}

@@ -12,6 +12,7 @@ from fff.bench import floor, gpu
 from fff.bench.cases import Candidate
 from fff.bench.floor import Work
 from fff.bench.suite import agrees, max_error, run_case
+from fff.ops.expert_mlp import triton
 from fff.ops.expert_mlp.triton import INTERPRETED
 
 if not (INTERPRETED or torch.cuda.is_available()):
@@ -96,6 +97,33 @@ def test_an_output_that_is_off_is_refused(make, peer, parameter, monkeypatch):
     case = next(config(suite)[make] for suite in SUITES if make in config(suite))
     row = run_case(toy(case, peers=[peer]), **QUICK, device=DEVICE)["rows"][peer]
     assert forgotten and row["agrees"] is False and "median_s" not in row
+
+
+@pytest.mark.parametrize(
+    "suite, case, peer, taken",
+    [
+        ("inference", "dispatch", "triton_tiles16x32x4x2", ["tile of 16"]),
+        ("inference", "dispatch", "triton_tiles32x32x4x2", ["tile of 32"]),
+        ("inference", "dispatch", "triton_tiled", ["tile of 16"]),
+        ("inference", "dispatch", "triton_single", ["one by one"]),
+        ("training", "step", "fff_tiles32x32x4x2", ["tile of 32"]),
+    ],
+)
+def test_a_forced_choice_is_made_and_computes_the_same(suite, case, peer, taken, monkeypatch):
+    order, single, seen = triton.tiled_order, triton.triton_expert_mlp_single, []
+    monkeypatch.setattr(triton, "tiled_order", lambda *call: seen.append(f"tile of {call[2]}") or order(*call))
+    monkeypatch.setattr(triton, "triton_expert_mlp_single", lambda *call: seen.append("one by one") or single(*call))
+    row = run_case(toy(config(suite)[case], peers=[peer]), **QUICK, device=DEVICE)["rows"][peer]
+    assert row["agrees"] and row["median_s"] > 0 and set(seen) == set(taken)
+
+
+def test_levels_may_be_forced_and_other_choices_are_refused():
+    case = config("inference")
+    routing = run_case(toy(case["routing"], peers=["descend_levels0", "descend_levels2"]), **QUICK, device=DEVICE)
+    assert agrees({"routing": routing}) and len(routing["rows"]) == 2
+    for unknown in ("triton_fast", "triton_tilesx"):
+        with pytest.raises(ValueError, match=f"{unknown.removeprefix('triton_')!r} is none of"):
+            toy(case["dispatch"], peers=[unknown])
 
 
 def test_half_precision_is_within_its_tolerance_and_a_forgotten_bias_is_not():
@@ -214,7 +242,7 @@ def test_command_chooses_the_cases_of_the_device(suite, monkeypatch):
     assert {point["build"].get("dtype", "bfloat16") for point in cases(suite).values()} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [*SUITES, "crossover"])
 def test_suites_end_within_eight_minutes(suite):
     """If every candidate takes all the time that it may, half of it is left for what is not timed: kernels that are
     compiled, references in float64, and calls before the samples. Where one call is longer than a third of a

@@ -155,7 +155,15 @@ def test_a_gpu_has_tables_of_its_own(results):
     pd.DataFrame(training).to_csv(folder / "training_cuda.csv", index=False)
     of_crossover = [entry | {"suite": "crossover_cuda"} for entry in crossover]
     pd.DataFrame(of_crossover).to_csv(folder / "crossover_cuda.csv", index=False)
-    pd.DataFrame([unmeasured]).to_csv(folder / "inference_cuda.ratios.csv", index=False)
+    paired = unmeasured | {
+        "case": "compiled_batch8_depth5",
+        "of": "dense_compiled",
+        "over": "fff_compiled",
+        "median": 2.5,
+    }
+    other = paired | {"over": "dense", "median": 9.0}
+    ratios = pd.DataFrame([unmeasured, paired | {"at_least": None}, other | {"at_least": None}])
+    ratios.to_csv(folder / "inference_cuda.ratios.csv", index=False)
     after = {table.name: table for table in bench.report(study).tables}
     for name in set(before) - {"bench_targets"}:
         pd.testing.assert_frame_equal(before[name].frame, after[name].frame)
@@ -171,7 +179,8 @@ def test_a_gpu_has_tables_of_its_own(results):
     assert list(steps["step, ms"]) == ["1", "–"] and list(steps["peak, MiB"]) == ["1", "–"]
     assert list(after["bench_gpu_step"].frame["ours, us"]) == ["1,000"]
     compiled = after["bench_gpu_compiled"].frame
-    assert list(compiled["dense, training width"]) == ["3x"] and list(compiled["the same, both as graphs"]) == ["5x"]
+    # The median of paired rounds, where there is one, and that over ours alone; else the ratio of medians, which is 3.
+    assert list(compiled["dense, training width"]) == ["2.5x"] and list(compiled["the same, both as graphs"]) == ["5x"]
     # The longer list goes down; names of ours and theirs without what they share.
     tiles, levels = after["bench_gpu_tiles"].frame, after["bench_gpu_levels"].frame
     assert list(tiles[""]) == ["by itself", "tiles16x64x4x3", "tiles64x64x4x3"]

@@ -103,7 +103,7 @@ def _gradients_at_once(
         grad_weight.masked_fill_((offset.diff() == 0).view(-1, 1, 1), 0)
     if need_bias:
         # Of a group more than there are, for the rows that are left out.
-        return grad_x, grad_weight, _bias_gradient(grad, _group(len(grad), offset), num_groups + 1)[:num_groups].clone()
+        return grad_x, grad_weight, _bias_gradient(grad, _group(len(grad), offset), num_groups + 1)[:num_groups]
     return grad_x, grad_weight, nothing
 
 
