@@ -14,6 +14,7 @@ from fff.bench.floor import Work
 from fff.bench.suite import agrees, max_error, run_case
 from fff.ops.expert_mlp import triton
 from fff.ops.expert_mlp.triton import INTERPRETED
+from fff.ops.tree_route import triton as routes
 
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("triton was imported without TRITON_INTERPRET=1, and there is no GPU", allow_module_level=True)
@@ -117,10 +118,11 @@ def test_a_forced_choice_is_made_and_computes_the_same(suite, case, peer, taken,
     assert row["agrees"] and row["median_s"] > 0 and set(seen) == set(taken)
 
 
-def test_levels_may_be_forced_and_other_choices_are_refused():
-    case = config("inference")
+def test_levels_may_be_forced_and_other_choices_are_refused(monkeypatch):
+    case, walk, seen = config("inference"), routes.descend, set()
+    monkeypatch.setattr(routes, "descend", lambda *call, levels: seen.add(levels) or walk(*call, levels=levels))
     routing = run_case(toy(case["routing"], peers=["descend_levels0", "descend_levels2"]), **QUICK, device=DEVICE)
-    assert agrees({"routing": routing}) and len(routing["rows"]) == 2
+    assert agrees({"routing": routing}) and len(routing["rows"]) == 2 and seen == {0, 2}
     for unknown in ("triton_fast", "triton_tilesx"):
         with pytest.raises(ValueError, match=f"{unknown.removeprefix('triton_')!r} is none of"):
             toy(case["dispatch"], peers=[unknown])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fff import FFF, FeedForward, UltraFFF, aux_loss, soft_evaluation, update_biases
-from fff.ops.expert_mlp import expert_mlp
+from fff.ops.expert_mlp import cpu, expert_mlp
 from fff.ops.tree_route import dense_logits, leaf_probability, path_to
 
 VARIANTS = {
@@ -377,3 +377,23 @@ def test_feedforward_gradcheck():
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(run, (rows(3, requires_grad=True), *parameters))
+
+
+@pytest.mark.parametrize("backend", ["grouped", "native"])
+def test_parallel_trees_are_balanced_as_each_would_be_alone(backend):
+    """By the kernels leaves are counted over all trees, and their balance within each."""
+    if backend == "native" and not cpu.available():
+        pytest.skip("the native operators are not built")
+    options = {"depth": 3, "mode": "straight_through", "balance_weight": 0.5, "backend": backend}
+    forest, x = FFF(6, 4, 3, num_trees=3, **options), torch.randn(40, 6)
+    forest(x)
+    alone = []
+    for p in range(3):
+        tree = FFF(6, 4, 3, **options)
+        tree.node_weight.data, tree.node_bias.data = forest.node_weight[7 * p :][:7], forest.node_bias[7 * p :][:7]
+        tree(x)
+        alone.append(tree.record.losses["balance"])
+    assert len(set(alone)) == 3
+    torch.testing.assert_close(forest.record.losses["balance"], torch.stack(alone).mean())
+    (gradient,) = torch.autograd.grad(forest.record.aux_loss, [forest.node_weight])
+    assert gradient.any(1).unflatten(0, (3, 7))[:, 0].all()  # of every root

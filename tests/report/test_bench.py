@@ -6,7 +6,7 @@ import pytest
 
 from experiments import tables
 from fff.report.studies import bench
-from fff.report.study import StudyData, load, publish
+from fff.report.study import StudyData, headline, load, publish
 
 PLACE = {
     "cpu": "made up",
@@ -226,3 +226,9 @@ def test_choices_are_summed_up(tmp_path):
     assert list(tables["bench_routing"][""]) == ["inference", "inference"]
     assert list(tables["bench_memory"]["fff soft"]) == ["3"]
     assert tables["bench_targets"].empty
+
+
+def test_a_headline_is_the_first_table_and_others_by_title():
+    markdown = "# bench\n\n## A\n\na\n\n## B\n\nb\n\n## C\n\nc\n"
+    assert headline(markdown) == "**A**\n\na\n"
+    assert headline(markdown, "C", "absent") == "**A**\n\na\n\n**C**\n\nc\n"

@@ -229,7 +229,7 @@ def _spread(
     heap = (1 << depth) + (leaf & ((1 << depth) - 1))  # heap entry plus 1, whose ancestors are its leading bits
     visited = (heap[:, None] >> (depth - level)) == column + 1
     slope = grad_logit + choice[:, None] * depth + level
-    value = tl.load(slope, mask=live[:, None] & visited & (column < 2**LEVELS - 1), other=0)
+    value = tl.load(slope, mask=live[:, None] & visited, other=0)
     out = spread + choice[:, None] * 2**LEVELS + column
     tl.store(out, value.to(spread.dtype.element_ty), mask=live[:, None])
     program = tl.program_id(0).to(tl.int64) * num_trees + tl.program_id(1)
