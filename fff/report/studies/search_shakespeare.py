@@ -15,6 +15,8 @@ _SETTINGS = {
     "task.optimizer.weight_decay": "weight decay",
     "task.deviation_decay": "decay of deviations",
     "layer.balance_weight": "balance",
+    "layer.importance_weight": "importance",
+    "layer.load_weight": "load",
 }
 
 
