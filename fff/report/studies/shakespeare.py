@@ -188,22 +188,24 @@ def _curves(history: pd.DataFrame, found: dict[str, Cell]) -> Figure:
 
 
 def _classes(kept: dict[str, list[Arrays]]) -> Figure:
-    """By how much a leaf of the last block has more of a class than of all characters, in the first seed of each."""
-    columns = min(3, len(kept))
-    rows = -(-len(kept) // columns)
-    figure = Figure(figsize=(4.0 * columns + 0.6, 2.4 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    excess = {model: _excess(arrays[0]["count"][-1]) for model, arrays in kept.items()}
-    limit = max(float(np.abs(points).max()) for points in excess.values()) or 1.0
-    for panel, (model, points) in zip(panels, excess.items(), strict=False):
-        image = panel.imshow(points, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        panel.set(title=model, xlabel="leaf or expert")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_yticks(range(len(points)), list(kept[model][0]["classes"]))
-        panel.tick_params(labelsize=6, length=2)
-    for panel in panels[len(kept) :]:
-        panel.remove()
-    figure.colorbar(image, ax=panels[: len(kept)], label="above its load, points")
+    """By how much a leaf of each block has more of a class than of all characters, in the first seed of each model."""
+    excess = {model: [_excess(count) for count in arrays[0]["count"]] for model, arrays in kept.items()}
+    columns = max(len(blocks) for blocks in excess.values())
+    figure = Figure(figsize=(2.6 * columns + 1.6, 1.9 * len(kept)), layout="constrained")
+    panels = figure.subplots(len(kept), columns, squeeze=False)
+    limit = max(float(np.abs(points).max()) for blocks in excess.values() for points in blocks) or 1.0
+    for row, (model, blocks) in zip(panels, excess.items(), strict=True):
+        arrays = kept[model][0]
+        for panel, points, layer in zip(row, blocks, arrays["layer"], strict=False):
+            image = panel.imshow(points, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+            panel.set_title(f"{model}, block {layer}" if panel is row[0] else f"block {layer}", fontsize=7, loc="left")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.set_yticks(range(len(points)), list(arrays["classes"]) if panel is row[0] else [])
+            panel.tick_params(labelsize=6, length=2)
+        for panel in row[len(blocks) :]:
+            panel.remove()
+    figure.supxlabel("leaf or expert", fontsize=8)
+    figure.colorbar(image, ax=panels, label="above its load, points", aspect=60)
     return figure
 
 
