@@ -60,6 +60,14 @@ _WHOLE = {
     "GPT-2": (("c_fc",), "c_proj"),  # also nanoGPT and its kin
     "Llama": (("gate_proj", "up_proj"), "down_proj"),
     "Llama, w1 w2 w3": (("w1", "w3"), "w2"),  # as Meta published it
+    "Llama, packed": (("gate_up_proj",), "down_proj"),  # Phi-3, GLM
+    "Llama without gate": (("up_proj",), "down_proj"),  # MPT, Nemotron
+    "T5": (("wi",), "wo"),
+    "T5, gated": (("wi_0", "wi_1"), "wo"),
+    "ModernBERT": (("Wi",), "Wo"),  # packed
+    "GPT-NeoX": (("dense_h_to_4h",), "dense_4h_to_h"),  # Falcon
+    "GPT-J": (("fc_in",), "fc_out"),  # CodeGen
+    "DistilBERT": (("lin1",), "lin2"),
 }
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu", "intermediate_act_fn")
 # The kernels know functions by name, and transformers has these under names of its own.
@@ -104,8 +112,9 @@ def _widths_of(module: nn.Module) -> Widths:
 def known_block(module: nn.Module) -> Block | None:
     """The feedforward block of a module of a known kind, else None.
 
-    Known are Mlp, GluMlp and SwiGLU of timm, BERT, GPT-2 and Llama of transformers and what is built as they are
-    (nanoGPT too), and torch's `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`; each with D = O.
+    Known are Mlp, GluMlp and SwiGLU of timm, BERT, DistilBERT, ModernBERT, GPT-2, GPT-J, GPT-NeoX, Llama, Phi-3 and T5
+    of transformers and what is built as they are (nanoGPT too), and torch's `nn.TransformerEncoderLayer` and
+    `nn.TransformerDecoderLayer`; each with D = O.
 
     A module with the names of one of them that does more around its maps, such as a norm or a residual, is not known:
     it would be lost. So it is run on a few rows; on the meta device, where that shows nothing, its names are believed.
@@ -219,9 +228,10 @@ def feedforward_blocks(model: nn.Module, match: Match | None = None) -> dict[str
 def _candidates(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         maps = [(child, widths) for child, part in module.named_children() if (widths := linear_widths(part))]
-        for i, (first, (width, hidden)) in enumerate(maps):
-            last = next((child for child, widths in maps[i + 1 :] if widths == (hidden, width)), None)
-            if last is not None and hidden != width:  # equal widths are those of attention
-                path = f"{width} -> {hidden} -> {width}"
+        for i, (first, (width, units)) in enumerate(maps):
+            hidden = {units, units / 2} - {width}  # half of them behind a packed gate; equal widths are of attention
+            last = next((child for child, (h, out) in maps[i + 1 :] if h in hidden and out == width), None)
+            if last is not None:
+                path = f"{width} -> {units} -> {width}"
                 yield f"{name or 'the model itself'} ({type(module).__name__}: {first}, {last}, {path})"
                 break

@@ -133,7 +133,7 @@ def _check_formula(name: str, module: nn.Module, block: Block) -> None:
     if block.place:
         return
     # What clamps does so at large values.
-    x = probe_rows(block.in_features, block.last.weight, (1.0, 10.0, 100.0)).flatten(0, 1)
+    x = probe_rows(block.in_features, block.first[0].weight, (1.0, 10.0, 100.0)).flatten(0, 1)
     with evaluated(module):
         found = module.forward(x[None])[0].double()
     expected = _answer(block._replace(activation=resolve_activation(block.activation)), x).double()
@@ -151,7 +151,9 @@ def _answer(block: Block, x: Tensor) -> Tensor:
     """Of the dense block, without dropout."""
     pre = torch.cat([linear(x) for linear in block.first], -1)
     gated = pre.shape[-1] == 2 * linear_widths(block.last).in_features
-    return block.last(hidden_units(pre, block.activation, glu=gated, dropout=0.0))
+    hidden = hidden_units(pre, block.activation, glu=gated, dropout=0.0)
+    weight = block.last.weight  # T5 keeps it in float32
+    return block.last(hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
 
 
 def _error(y: Tensor, expected: Tensor) -> Tensor:

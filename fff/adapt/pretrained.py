@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fff.adapt.blocks import Block, Match, known_block
-from fff.adapt.replace import WithDropout, block_key, is_pretrained_class, replace_feedforward
+from fff.adapt.blocks import Block, Match, feedforward_blocks, known_block
+from fff.adapt.placing import WithDropout, like_block, put_layers
 from fff.layers.config import from_config, to_config
 from fff.layers.contract import RoutedLayer
 
@@ -22,7 +24,7 @@ def routed(model_class: type[Model], match: Match | None = None) -> type[Model]:
     `routed(GPT2LMHeadModel).from_pretrained(folder)` loads what `replace_feedforward` changed and `save_pretrained`
     saved. `config.fff` says which blocks are replaced by what; where it says nothing the model is the plain one, and
     `replace_feedforward` may change it. At each of its `save_pretrained` the layers are noted anew, with what was set
-    since (a temperature); a model of the plain class has them noted once, when they are put in.
+    since (a temperature, a merged base). `replace_feedforward` makes a model of the plain class one of this class.
 
     match: see `feedforward_blocks`, for models whose blocks are of no known kind.
 
@@ -76,7 +78,7 @@ def _unpickled(model_class: type[Model], match: Match | None) -> Model:
 
 def _rebuild(model: nn.Module, match: Match | None) -> None:
     noted = model.config.fff
-    keys = {name: block_key(model, name) for name, _ in model.named_modules()}
+    keys = {name: _block_key(model, name) for name, _ in model.named_modules()}
     configs = {name: noted[key] for name, key in keys.items() if key in noted}
     if unknown := set(noted) - set(keys.values()):
         raise ValueError(f"config.fff names {sorted(unknown)}, which {type(model).__name__} does not have")
@@ -90,22 +92,73 @@ def _rebuild(model: nn.Module, match: Match | None) -> None:
         # Where the library builds without memory no dropout shows.
         return block._replace(dropout=configs[name].get("dropout", 0.0))
 
-    waiting = iter(configs.values())
-
-    def make(in_features: int, out_features: int) -> RoutedLayer:
-        layer = from_config(next(waiting))
+    def made(block: Block, config: dict[str, Any]) -> RoutedLayer:
+        layer = like_block(from_config(config), block, model)
         # Where the library builds without memory it fills in what it finds, and asks for the rest to be initialised.
         layer._is_hf_initialized = not any(parameter.is_meta for parameter in layer.parameters())
         return layer
 
-    replace_feedforward(model, make, only_noted)
+    blocks = feedforward_blocks(model, only_noted)
+    put_layers(model, blocks, {name: made(block, configs[name]) for name, block in blocks.items()})
+
+
+def is_pretrained_class(model_class: type) -> bool:
+    """Whether it looks like a `PreTrainedModel` of transformers."""
+    return hasattr(model_class, "base_model_prefix") and hasattr(model_class, "save_pretrained")
+
+
+def note_layers(model: nn.Module, blocks: Mapping[str, Block], layers: Mapping[str, nn.Module]) -> str | None:
+    """Let each model of transformers in `model` keep the layers that were put into it, by the names of their blocks: it
+    has their configurations as `config.fff`, and its class becomes the one that `routed` makes of it.
+
+    Gives what is wrong where a layer has no configuration; that model has none then.
+    """
+    owners = {name: module for name, module in model.named_modules() if is_pretrained_class(type(module))}
+    wrong = None
+    # The outermost comes first.
+    for place, owner in owners.items():
+        inside = {name: name.removeprefix(f"{place}.") for name in layers if _outermost(name, owners) == place}
+        try:
+            noted = {
+                _block_key(owner, name): {**to_config(layers[path]), "dropout": blocks[path].dropout}
+                for path, name in inside.items()
+            }
+        except ValueError as error:
+            _set_noted(owner, {}, {})
+            wrong = f"once saved, {type(owner).__name__} cannot be loaded by `routed`: {error}"
+        else:
+            if noted:
+                _set_noted(owner, noted, {**getattr(owner.config, "fff", {}), **noted})
+                owner.__class__ = routed(type(owner))
+    return wrong
+
+
+def _outermost(name: str, owners: Mapping[str, nn.Module]) -> str | None:
+    """Of the models that have the module of this name in them, or are it."""
+    return next((place for place in owners if not place or f"{name}.".startswith(f"{place}.")), None)
+
+
+def _block_key(model: nn.Module, name: str) -> str:
+    """Name of a module of a transformers model, the same one in the model with and without its head."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _set_noted(model: nn.Module, new: Mapping[str, Any], noted: dict[str, Any]) -> None:
+    """Models built from one configuration share it, so that this one gets its own. A trunk leaves it shared, for its
+    head to see, unless it tells already of the blocks that are new: then it tells of another model."""
+    if model.base_model is not model or new.keys() & getattr(model.config, "fff", {}).keys():
+        shared, own = model.config, copy.copy(model.config)
+        for module in model.modules():
+            if vars(module).get("config") is shared:
+                module.config = own
+    model.config.fff = noted
 
 
 def _noted_now(model: nn.Module) -> dict[str, Any]:
     """`config.fff` with the layers as they are; without blocks in which there is none any more."""
     noted = dict(getattr(model.config, "fff", {}))
     for name, block in model.named_modules():
-        if (key := block_key(model, name)) in noted:
+        if (key := _block_key(model, name)) in noted:
             layer = next((module for module in block.modules() if isinstance(module, RoutedLayer)), None)
             if layer is None:
                 del noted[key]

@@ -3,7 +3,7 @@ after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _ROWS = 4
+# Dropout is looked at by itself; batch norms would learn.
+_OTHERS = (nn.Dropout, nn.modules.batchnorm._NormBase)
 
 
 class _Pass(NamedTuple):
@@ -38,18 +40,24 @@ def output_dropout(module: nn.Module, width: int, first: tuple[nn.Module, ...], 
     """The probability by which a module drops what its map `last` gives, before it returns that.
 
     None where it does more around its maps: where `first` do not all take what the module takes (a norm before them),
-    or where it returns, dropout apart, something else than `last` gives (a residual, a factor), or does not take rows.
+    or where it returns, `nn.Dropout` apart, something else than `last` gives (a residual, a factor, a dropped path), or
+    does not take rows.
     """
-    x = probe_rows(width, last.weight)
+    x = probe_rows(width, first[0].weight)
     try:
         with evaluated(module):
             plain = _run(module, x, first, last)
-        with evaluated(module, dropout=True), torch.random.fork_rng([x.device] if x.is_cuda else []):
-            dropped = _run(module, x, first, last)
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            with evaluated(module, but=lambda part: part is module or isinstance(part, nn.Dropout)):
+                dropped = _run(module, x, first, last)
+            with evaluated(module, but=lambda part: part is not module and not isinstance(part, _OTHERS)):
+                trained = _run(module, x, first, last)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError):
         return None
     rows = x.flatten(0, 1)
     if not all(torch.equal(taken, rows) for taken in plain.taken) or not torch.equal(plain.returned, plain.given):
+        return None
+    if not torch.equal(trained.returned, trained.given):
         return None
     if torch.equal(dropped.returned, dropped.given):
         return 0.0
@@ -78,12 +86,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluated(module: nn.Module, dropout: bool = False) -> Iterator[None]:
-    """Inside this context a module is in evaluation, so that no norm learns; its dropout where that is asked for."""
+def evaluated(module: nn.Module, but: Callable[[nn.Module], bool] = lambda part: False) -> Iterator[None]:
+    """Inside this context a module is in evaluation, so that no norm learns, but for the parts named."""
     before = {part: part.training for part in module.modules()}
     module.eval()
     for part in before:
-        part.training = dropout and (part is module or isinstance(part, nn.Dropout))
+        part.training = but(part)
     try:
         yield
     finally:

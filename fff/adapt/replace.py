@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths
-from fff.layers.config import to_config
+from fff.adapt.placing import like_block, put_layers, with_dropout
+from fff.adapt.pretrained import note_layers
 from fff.layers.contract import RoutedLayer
 from fff.ops.activation import activation_name
 
@@ -50,79 +50,54 @@ def replace_feedforward(
     What surrounds a block stays: residual, norm, dropout of the output (by its probability, as a new module).
     Activation, gate, dropout of hidden units and a norm between the maps leave with it: the new layer has those of
     `make_ff`, so pass `act_layer="gelu"` for BERT and ViTs, "gelu_tanh" for GPT-2, `act_layer="silu", glu=True,
-    bias=False` for Llama to keep them; the report tells both. A block that occurs several times in
-    the model (shared weights) becomes one layer.
+    bias=False` for Llama to keep them; the report tells both.
+
+    A block that occurs several times in the model, and blocks of the same weights, become one layer, of which each row
+    of the report tells all. A layer that runs several times in a pass counts its last run in record and auxiliary loss.
+    Padding is routed and counted as any other token.
 
     The fused evaluation of torch's `nn.TransformerEncoderLayer`, which would read the old weights, is switched off for
     it and for the `nn.TransformerEncoder` around it, whose padded positions are then computed, not 0. Pass the whole
     encoder, not a layer of it.
 
     A library that builds models from configurations does not know of the change: to load a checkpoint of the new model,
-    build the old one, replace its blocks, then `load_state_dict`. A model of transformers gets the configurations of
-    its new layers as `model.config.fff`, which it saves and `fff.adapt.routed` reads; where they have none
-    (`fff.layers.config.to_config`) a warning says so.
+    build the old one, replace its blocks, then `load_state_dict`. A model of transformers becomes one of its class as
+    `fff.adapt.routed` makes it, whose `save_pretrained` keeps the configurations of its layers as `config.fff`; where
+    they have none (`fff.layers.config.to_config`) a warning says so. So does one within `model`, but not one of which
+    `model` is a part.
 
-    ValueError where no block is found, or where the model itself is one that could only be replaced as a whole.
+    ValueError where no block is found, or where the model itself is one that could only be replaced as a whole; for
+    what `make_ff` gives, where that is no module, has other widths than the block, or mixes rows (a mixture whose
+    experts choose) in a model with causal attention (modules whose `is_causal` is True).
     """
-    report, layers = [], {}
+    report: list[Replacement] = []
+    layers: dict[str, nn.Module] = {}
+    of_weights: dict[tuple[Tensor, ...], nn.Module] = {}
     blocks = feedforward_blocks(model, match)
     if "" in blocks and not blocks[""].place:
         raise ValueError(f"model={type(model).__name__} is itself a feedforward block and cannot be replaced in place")
     for name, block in blocks.items():  # all are made before the model changes
-        module = model.get_submodule(name)
-        layers[name] = _made(make_ff, block)
-        old = (*block.first, block.last) if block.place else (module,)
+        maps = (*block.first, block.last)
+        weights = tuple(module.weight for module in maps)  # tensors are told apart by identity
+        if weights not in of_weights:
+            of_weights[weights] = _made(make_ff, name, block, model)
+        layers[name] = of_weights[weights]
+        old = maps if block.place else (model.get_submodule(name),)
         row = Replacement(
             name,
             block.kind,
             _num_parameters(*old),
             _num_parameters(layers[name]),
-            _flops(*block.first, block.last),
+            _flops(*maps),
             _flops(layers[name]),
             _activation(block.activation, gated=_is_gated(block)),
             _activation(getattr(layers[name], "act", None), gated=getattr(layers[name], "glu", False)),
         )
         report.append(row)
-    for name, block in blocks.items():
-        _put(model, model.get_submodule(name), block, layers[name])
-    if is_pretrained_class(type(model)):
-        try:
-            note_layers(model, blocks, layers)
-        except ValueError as error:
-            _set_noted(model, {}, {})
-            warnings.warn(f"once saved, {type(model).__name__} cannot be loaded by `routed`: {error}", stacklevel=2)
-    _leave_fused_path(model)
+    put_layers(model, blocks, layers)
+    if error := note_layers(model, blocks, layers):
+        warnings.warn(error, stacklevel=2)
     return report
-
-
-def block_key(model: nn.Module, name: str) -> str:
-    """Name of a module of a transformers model, the same one in the model with and without its head."""
-    return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def note_layers(model: nn.Module, blocks: Mapping[str, Block], layers: Mapping[str, nn.Module]) -> None:
-    """Add the configurations of these layers, by the names of their blocks, to `model.config.fff`; ValueError where one
-    has none."""
-    noted = {
-        block_key(model, name): {**to_config(layer), "dropout": blocks[name].dropout} for name, layer in layers.items()
-    }
-    _set_noted(model, noted, {**getattr(model.config, "fff", {}), **noted})
-
-
-def _set_noted(model: nn.Module, new: Mapping[str, Any], noted: dict[str, Any]) -> None:
-    """Models built from one configuration share it, so that this one gets its own. A trunk leaves it shared, for its
-    head to see, unless it tells already of the blocks that are new: then it tells of another model."""
-    if model.base_model is not model or new.keys() & getattr(model.config, "fff", {}).keys():
-        shared, own = model.config, copy.copy(model.config)
-        for module in model.modules():
-            if vars(module).get("config") is shared:
-                module.config = own
-    model.config.fff = noted
-
-
-def is_pretrained_class(model_class: type) -> bool:
-    """Whether it looks like a `PreTrainedModel` of transformers."""
-    return hasattr(model_class, "base_model_prefix") and hasattr(model_class, "save_pretrained")
 
 
 def timm_mlp(
@@ -149,49 +124,25 @@ def timm_mlp(
     if use_conv:
         raise ValueError("use_conv=True asks for channels first; these layers take them last")
     layer = make_ff(in_features, out_features=out_features or in_features).to(device=device, dtype=dtype)
-    return _with_dropout(layer, drop[1] if isinstance(drop, tuple) else drop)
+    return with_dropout(layer, drop[1] if isinstance(drop, tuple) else drop)
 
 
-def _made(make_ff: Callable[..., nn.Module], block: Block) -> nn.Module:
+def _made(make_ff: Callable[..., nn.Module], name: str, block: Block, model: nn.Module) -> nn.Module:
     layer = make_ff(block.in_features, out_features=block.out_features)
-    weight = block.last.weight
-    return layer.to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else None)
-
-
-def _put(model: nn.Module, module: nn.Module, block: Block, layer: nn.Module) -> None:
-    layer = (layer if block.place else _with_dropout(layer, block.dropout)).train(module.training)
-    if block.place:
-        _set(module, block.place, layer)
-        for path in block.idle:
-            _set(module, path, nn.Identity())
-        return
-    for path, other in list(model.named_modules(remove_duplicate=False)):
-        if other is module:
-            _set(model, path, layer)
-
-
-def _set(module: nn.Module, path: str, value: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, value)
-
-
-class WithDropout(nn.Sequential):
-    """A layer, and dropout of its output."""
-
-
-def _with_dropout(layer: nn.Module, dropout: float) -> nn.Module:
-    return WithDropout(layer, nn.Dropout(dropout)) if dropout > 0 else layer
-
-
-def _leave_fused_path(model: nn.Module) -> None:
-    """Keep `nn.TransformerEncoderLayer` from its fused kernel, which knows the weights of two linear maps alone."""
-    for module in model.modules():
-        inside = module.layers if isinstance(module, nn.TransformerEncoder) else [module]
-        for layer in inside:
-            if isinstance(layer, nn.TransformerEncoderLayer) and linear_widths(layer.linear2) is None:
-                layer.activation_relu_or_gelu = 0  # "neither relu nor gelu", which the kernel does not take
-                if layer is not module:
-                    module.use_nested_tensor = False
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"make_ff gave {layer!r} for {name}, which is no module")
+    widths = getattr(layer, "in_features", block.in_features), getattr(layer, "out_features", block.out_features)
+    if widths != (block.in_features, block.out_features):
+        given = " -> ".join(map(str, widths))
+        raise ValueError(f"make_ff gave a layer {given} for {name}: {block.in_features} -> {block.out_features}")
+    if isinstance(layer, RoutedLayer) and layer.mixes_rows:
+        causal = [type(part).__name__ for part in model.modules() if getattr(part, "is_causal", False) is True]
+        if causal:
+            raise ValueError(
+                f"make_ff gave a {type(layer).__name__} for {name} whose experts choose among all rows: {causal[0]} is"
+                " causal, and tokens would see later ones"
+            )
+    return like_block(layer, block, model)
 
 
 def _activation(act: Callable | None, gated: bool) -> str | None:

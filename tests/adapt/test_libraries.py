@@ -30,22 +30,38 @@ def timm_vit(name="vit_tiny_patch16_224", **options):
     return timm.create_model(name, **{**sizes, **options}), torch.randn(2, 3, 32, 32)
 
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+T5_SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+# Class, configuration, and what it is given.
+MODELS = {
+    "bert": ("BertModel", "BertConfig", SIZES),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES),
+    "vit": ("ViTModel", "ViTConfig", {**SIZES, "image_size": 32, "patch_size": 16}),
+    "phi-3": ("Phi3Model", "Phi3Config", SIZES),
+    "gpt-neox": ("GPTNeoXModel", "GPTNeoXConfig", SIZES),
+    "falcon": ("FalconModel", "FalconConfig", {**SIZES, "ffn_hidden_size": 48}),
+    "gpt-j": ("GPTJModel", "GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}),
+    "distilbert": (
+        "DistilBertModel",
+        "DistilBertConfig",
+        {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "dropout": 0.0},
+    ),
+    "modernbert": ("ModernBertModel", "ModernBertConfig", {**SIZES, "cls_token_id": 3, "sep_token_id": 4}),
+    "t5": ("T5EncoderModel", "T5Config", {**T5_SIZES, "dropout_rate": 0.0}),
+    "t5, gated": ("T5EncoderModel", "T5Config", {**T5_SIZES, "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}),
+}
+
+
 def transformers_model(kind):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    tokens = torch.randint(0, 50, (2, 7))
+    model_class, config, options = MODELS[kind]
     common = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    if kind == "bert":
-        return transformers.BertModel(transformers.BertConfig(**common, **sizes)), tokens
     if kind == "gpt2":
-        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = transformers.GPT2Config(**common, **no_dropout, n_embd=32, n_layer=2, n_head=2, n_positions=32)
-        return transformers.GPT2LMHeadModel(config), tokens
-    if kind == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **sizes)), tokens
-    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
-    return transformers.ViTModel(config), torch.randn(2, 3, 32, 32)
+        common |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = getattr(transformers, model_class)(getattr(transformers, config)(**common, **options))
+    return model, torch.randn(2, 3, 32, 32) if kind == "vit" else torch.randint(0, 50, (2, 7))
 
 
 def first_tensor(output):
@@ -152,6 +168,14 @@ BLOCKS = {
     "gpt2": ("GPT-2", "transformer.h.{}.mlp"),
     "llama": ("Llama", "model.layers.{}.mlp"),
     "vit": ("Mlp", "layers.{}.mlp"),
+    "phi-3": ("Llama, packed", "layers.{}.mlp"),
+    "gpt-neox": ("GPT-NeoX", "layers.{}.mlp"),
+    "falcon": ("GPT-NeoX", "h.{}.mlp"),
+    "gpt-j": ("GPT-J", "h.{}.mlp"),
+    "distilbert": ("DistilBERT", "transformer.layer.{}.ffn"),
+    "modernbert": ("ModernBERT", "layers.{}.mlp"),
+    "t5": ("T5", "encoder.block.{}.layer.1.DenseReluDense"),
+    "t5, gated": ("T5, gated", "encoder.block.{}.layer.1.DenseReluDense"),
 }
 
 
@@ -199,10 +223,18 @@ def test_generation_with_cache(name):
     """The same tokens with and without the cache of keys and values, and as before where the layers are copies."""
     model, tokens = transformers_model(name)
     model.eval()
+    with torch.no_grad():
+        for block in feedforward_blocks(model).values():
+            block.last.weight.normal_()  # else the tokens would be the same without the blocks
     ask = partial(model.generate, tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False)
     expected = ask(use_cache=True)
     replace_by_copies(model)
     assert torch.equal(ask(use_cache=True), expected)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, fff.FFF):
+                module.w_out.zero_()
+    assert not torch.equal(ask(use_cache=True), expected)
     model, tokens = transformers_model(name)
     replace_feedforward(model.eval(), tree)
     ask = partial(model.generate, tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False)
@@ -253,3 +285,15 @@ def test_conversion_and_distillation(name):
     with distillation(model.train(), teacher) as distance:
         model(x)
         assert distance().item() < 1e-6
+
+
+def test_t5_in_half_precision():
+    """The library keeps its last maps in float32, and what reaches a block is in float16."""
+    model, tokens = transformers_model("t5")
+    model = model.half().eval()
+    for block in feedforward_blocks(model).values():
+        block.last.float()
+    expected = first_tensor(model(tokens)).float()
+    conversions = convert_feedforward(model, lambda: model(tokens), depth=1, leaf_width=48)
+    assert len(conversions) == 2 and all(found.layer.w_in.dtype == torch.float16 for found in conversions.values())
+    torch.testing.assert_close(first_tensor(model(tokens)).float(), expected, rtol=1e-2, atol=1e-2)

@@ -175,19 +175,64 @@ def test_models_of_one_configuration_have_their_own_layers(trunk, tmp_path):
     )
 
 
-def test_what_was_set_since_is_saved(tmp_path):
-    """A plain checkpoint goes into the routed class, which notes its layers at each saving."""
-    build("gpt2", None).save_pretrained(tmp_path)
-    kind = routed(transformers.GPT2LMHeadModel)
-    model = load(kind, tmp_path)
-    assert not routed_layers(model)
-    replace_feedforward(model, LAYERS["weighted tree"])
+def change_temperature(model):
     for layer in routed_layers(model):
         layer.temperature = 0.1
+
+
+def merge_bases(model):
+    for layer in routed_layers(model):
+        layer.merge_base()
+
+
+def leave_dead_leaves_out(model):
+    for block in model.transformer.h:
+        with torch.no_grad():
+            block.mlp.node_bias[0] += 99.0  # all rows go right
+        model(TOKENS)
+        block.mlp = fff.prune(block.mlp, block.mlp.record.load)
+        assert block.mlp.depth < 2
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    ("change", "make_ff"),
+    [
+        (change_temperature, LAYERS["weighted tree"]),
+        (merge_bases, partial(fff.FFF, leaf_width=4, depth=2, mode="straight_through", base=True)),
+        (leave_dead_leaves_out, partial(fff.FFF, leaf_width=4, depth=2, mode="straight_through")),
+    ],
+)
+def test_what_was_changed_since_is_saved(change, make_ff, plain, tmp_path):
+    kind = routed(transformers.GPT2LMHeadModel)
+    build("gpt2", None, resid_pdrop=0.0).save_pretrained(tmp_path)
+    model = load(transformers.GPT2LMHeadModel if plain else kind, tmp_path)
+    assert not routed_layers(model)
+    replace_feedforward(model, make_ff)
+    assert type(model) is kind
+    change(model)
     model.save_pretrained(tmp_path / "routed")
     loaded = load(kind, tmp_path / "routed")
-    assert [layer.temperature for layer in routed_layers(loaded)] == [0.1, 0.1]
+    check_same_state(model, loaded)
+    assert [str(layer) for layer in routed_layers(loaded)] == [str(layer) for layer in routed_layers(model)]
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_model_within_another_knows_its_blocks(tmp_path):
+    bert = transformers.BertModel(transformers.BertConfig(**COMMON, **SIZES))
+    classifier = nn.ModuleDict({"bert": bert, "head": nn.TransformerEncoderLayer(32, 2, 8)}).eval()
+    assert len(replace_feedforward(classifier, LAYERS["tree"])) == 3
+    bert.save_pretrained(tmp_path)
+    loaded = load(routed(transformers.BertModel), tmp_path)
+    assert torch.equal(loaded(TOKENS)[0], bert(TOKENS)[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_causal_model_takes_no_layer_that_sees_later_tokens(name):
+    experts_choose = partial(fff.MoE, expert_width=4, num_experts=2, router="expert_choice")
+    with pytest.raises(ValueError, match="make_ff gave a MoE for .* is causal, and tokens would see later ones"):
+        build(name, experts_choose)
+    assert len(routed_layers(build("bert", experts_choose))) == 2
 
 
 def test_some_blocks_one_after_the_other(tmp_path):

@@ -174,9 +174,19 @@ def test_dropout_of_the_output_is_found_by_what_it_does(module, p, dtype):
     assert len(left) == (p > 0) and not any(part.training for part in model.modules() if part is not model)
 
 
+class DropPath(nn.Module):
+    """Of whole samples, as residual paths are dropped."""
+
+    def forward(self, x):
+        return x * torch.bernoulli(torch.full((len(x), 1, 1), 0.5)) / 0.5 if self.training else x
+
+
 @pytest.mark.parametrize(
     "module",
     [
+        Around(lambda m, x: m.drop(m.inside(x)), drop=DropPath()),
+        Around(lambda m, x: m.drop(m.inside(x)), drop=nn.Dropout1d(0.5)),
+        Around(lambda m, x: m.drop(m.inside(x)), drop=nn.AlphaDropout(0.5)),
         Around(lambda m, x: m.inside(m.norm(x)), norm=nn.LayerNorm(D)),
         Around(lambda m, x: m.inside(F.normalize(x, dim=-1))),
         Around(lambda m, x: x + m.inside(x)),
@@ -184,7 +194,17 @@ def test_dropout_of_the_output_is_found_by_what_it_does(module, p, dtype):
         Around(lambda m, x: (m.inside(x), x)),
         Around(lambda m, x: m.inside(x.unflatten(0, (7, -1))).flatten(0, 1)),
     ],
-    ids=["norm", "norm without weights", "residual", "factor", "two tensors", "rows of another shape"],
+    ids=[
+        "dropped path",
+        "dropped channels",
+        "alpha dropout",
+        "norm",
+        "norm without weights",
+        "residual",
+        "factor",
+        "two tensors",
+        "rows of another shape",
+    ],
 )
 def test_what_does_more_around_its_maps_is_left_alone(module):
     assert known_block(module) is None
@@ -222,6 +242,55 @@ def test_shared_block_becomes_one_layer():
     model = nn.Sequential(Residual(shared), nn.Sequential(shared, shared))
     assert len(replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=1))) == 1
     assert isinstance(model[0].mlp, fff.FFF) and model[0].mlp is model[1][0] is model[1][1]
+
+
+def test_blocks_of_the_same_weights_become_one_layer():
+    one, other, third = NanoMlp(), NanoMlp(), NanoMlp()
+    other.c_fc, other.c_proj = one.c_fc, one.c_proj
+    third.c_fc = one.c_fc
+    model = nn.Sequential(Residual(one), Residual(other), Residual(third))
+    report = replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=1))
+    assert [row.name for row in report] == ["0.mlp", "1.mlp", "2.mlp"]
+    assert model[0].mlp is model[1].mlp and model[0].mlp is not model[2].mlp
+
+
+def test_type_is_that_of_what_reaches_the_block():
+    model = Residual(NanoMlp()).half()
+    model.mlp.c_proj.float()
+
+    def forward(x):
+        return model.mlp.c_proj(F.gelu(model.mlp.c_fc(x)).float())
+
+    model.mlp.forward = forward
+    (row,) = replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=1))
+    assert model.mlp.w_in.dtype == torch.float16 and row.kind == "GPT-2"
+
+
+def test_a_quantised_block_has_the_type_of_the_model():
+    def match(name, module):
+        return Block("int8", (module.c_fc,), module.c_proj) if isinstance(module, NanoMlp) else None
+
+    model = nn.Sequential(nn.Linear(D, D, dtype=torch.bfloat16), Residual(NanoMlp()))
+    for part in (model[1].mlp.c_fc, model[1].mlp.c_proj):
+        part.weight = nn.Parameter(part.weight.detach().to(torch.int8), requires_grad=False)
+    replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=1), match)
+    assert model(torch.randn(3, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make_ff", "named"),
+    [
+        (lambda width, out_features: None, "make_ff gave None for mlp, which is no module"),
+        (
+            lambda width, out_features: fff.FFF(width, 3, width + 1, depth=1),
+            "make_ff gave a layer 8 -> 9 for mlp: 8 -> 8",
+        ),
+        (lambda width, out_features: nn.Linear(4, width), "make_ff gave a layer 4 -> 8 for mlp: 8 -> 8"),
+    ],
+)
+def test_make_ff_that_gives_something_else(make_ff, named):
+    with pytest.raises(ValueError, match=named):
+        replace_feedforward(Residual(NanoMlp()), make_ff)
 
 
 def test_state_dict_goes_into_another_replaced_model():
@@ -323,6 +392,14 @@ def test_unknown_model_lists_what_looks_like_a_block():
     (row,) = replace_feedforward(model, copies(model, match), match)
     assert row.name == "1.mlp" and row.kind == "strange"
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_packed_gate_is_a_candidate_and_keys_with_values_are_none():
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(D, 2 * H), "down": nn.Linear(H, D)})})
+    model["attention"] = nn.ModuleDict({"kv": nn.Linear(D, 2 * D), "o": nn.Linear(D, D)})
+    with pytest.raises(ValueError, match=r"mlp \(ModuleDict: up, down, 8 -> 40 -> 8\)\. ") as error:
+        replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=1))
+    assert "attention" not in str(error.value)
 
 
 def test_match_may_take_some_blocks_by_name():

@@ -203,7 +203,7 @@ def _classes(kept: dict[str, list[Arrays]]) -> Figure:
             panel.set_yticks(range(len(points)), list(arrays["classes"]) if panel is row[0] else [])
             panel.tick_params(labelsize=6, length=2)
         for panel in row[len(blocks) :]:
-            panel.remove()
+            panel.set_axis_off()
     figure.supxlabel("leaf or expert", fontsize=8)
     figure.colorbar(image, ax=panels, label="above its load, points", aspect=60)
     return figure
