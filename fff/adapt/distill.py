@@ -29,8 +29,8 @@ def convert_feedforward(
 ) -> dict[str, Conversion]:
     """Put a tree in the place of every feedforward block of `model`, by `from_dense`; what it gives, by block name.
 
-    run: runs the model on a sample, as `lambda: model(x)` does; what reaches a block then is its calibration. It is
-        called once, in evaluation and without gradients, before anything is replaced.
+    run: runs the model on a sample, as `lambda: model(x)` does; what reaches a block then is its calibration, padding
+        included, so give it none. It is called once, in evaluation and without gradients, before anything is replaced.
     match: see `feedforward_blocks`.
     options: `depth`, `method`, `leaf_width` and further ones of `from_dense`.
 

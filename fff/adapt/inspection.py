@@ -1,4 +1,4 @@
-"""What a trained tree does with rows, and a smaller tree without the leaves that none of them reaches.
+"""What a trained tree does with rows, and a smaller tree without the leaves and decisions that change nothing for them.
 
 T rows, P parallel trees, K leaves of each, d depth, E = P 2^d leaves, C classes.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fff.layers.fff import FFF
+from fff.ops.expert_mlp.hidden import hidden_units
 from fff.ops.tree_route import gathered_logits, path_to
 
 
@@ -73,13 +74,15 @@ def inspect(layer: FFF, x: Tensor, labels: Tensor | None = None) -> Inspection:
 
 @torch.no_grad()
 def prune(layer: FFF, count: Tensor) -> FFF:
-    """A copy of the layer without the leaves that got no row: less deep, if every way to a live leaf permits it.
+    """A copy of the layer without the leaves that got no row, and without decisions between leaves that answer alike:
+    less deep, if every way to the others permits it.
 
     count: (E,) rows per leaf, as `Inspection.count` or `Record.load` has them.
 
-    A node with live leaves on one side only is left out, and its live side takes its place. The new depth is that of
-    the longest way that remains, in any of the trees; shorter ways are filled up with nodes of weight 0, which send all
-    rows right, between two copies of what they lead to. So the layout stays a full tree.
+    A node with live leaves on one side only is left out, and its live side takes its place. So does one leaf for a node
+    between two of the same weights, or of the same constant output (no weights in, or none out). The new depth is that
+    of the longest way that remains, in any of the trees; shorter ways are filled up with nodes of weight 0, which send
+    all rows right, between two copies of what they lead to. So the layout stays a full tree.
 
     In evaluation, rows that reach live leaves alone get the same output. Other rows now get that of a live leaf nearby.
     The soft mixture, which counts every leaf, does change.
@@ -93,7 +96,8 @@ def prune(layer: FFF, count: Tensor) -> FFF:
     if tuple(count.shape) != (layer.num_leaves,):
         raise ValueError(f"count has shape {tuple(count.shape)} for {layer.num_leaves} leaves")
     live = (count > 0).view(layer.num_trees, -1).tolist()
-    trees = [_contract(0, alive) for alive in live]
+    answers = _answers(layer).view(layer.num_trees, -1).tolist()
+    trees = [_contract(0, *tree) for tree in zip(live, answers, strict=True)]
     depth = max(_height(tree) for tree in trees)
     nodes, leaves = [], []
     for tree, root in enumerate(trees):
@@ -126,12 +130,27 @@ class _Fork(NamedTuple):
     right: _Fork | int
 
 
-def _contract(node: int, live: list[bool]) -> _Fork | int | None:
-    """The subtree below a node without dead leaves; None if all are dead, but for the root, which keeps its first."""
+def _answers(layer: FFF) -> Tensor:
+    """(E,) numbers, the same for leaves that answer every row alike: of equal weights, or of equal constant output."""
+    w_in, b_in, w_out, b_out = layer.experts()
+    b_in = w_in.new_zeros(w_in.shape[:2]) if b_in is None else b_in
+    b_out = w_out.new_zeros(len(w_out), w_out.shape[2]) if b_out is None else b_out
+    hidden = hidden_units(b_in, layer.act, glu=layer.glu, dropout=0.0)
+    constant = ~(w_in.flatten(1).any(1) & w_out.flatten(1).any(1))
+    b_out = torch.where(constant[:, None], b_out + torch.einsum("el,elo->eo", hidden, w_out), b_out)
+    weights = torch.cat([w_in.flatten(1), b_in, w_out.flatten(1)], dim=1).masked_fill(constant[:, None], 0)
+    return torch.cat([weights, b_out], dim=1).unique(dim=0, return_inverse=True)[1]
+
+
+def _contract(node: int, live: list[bool], answers: list[int]) -> _Fork | int | None:
+    """The subtree below a node without dead leaves, and with one leaf for two side by side that answer alike; None if
+    all are dead, but for the root, which keeps its first."""
     num_nodes = len(live) - 1
     if node >= num_nodes:
         return node - num_nodes if live[node - num_nodes] or node == 0 else None
-    left, right = _contract(2 * node + 1, live), _contract(2 * node + 2, live)
+    left, right = (_contract(child, live, answers) for child in (2 * node + 1, 2 * node + 2))
+    if isinstance(left, int) and isinstance(right, int) and answers[left] == answers[right]:
+        return left
     if left is not None and right is not None:
         return _Fork(node, left, right)
     return (right if left is None else left) if node or any(live) else 0

@@ -105,6 +105,33 @@ def test_rows_of_live_leaves_get_the_same_output(options):
     assert small.w_in.grad.shape == small.w_in.shape
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("glu", [False, True])
+def test_leaves_that_answer_alike_become_one(glu, bias):
+    layer = FFF(6, 3, 5, depth=3, mode="straight_through", act_layer="gelu", glu=glu, bias=bias).eval()
+    with torch.no_grad():
+        for weights in (layer.w_in, layer.b_in, layer.w_out, layer.b_out):
+            if weights is not None:
+                weights[1] = weights[2] = weights[3] = weights[0]
+                weights[7] = weights[6]
+        layer.w_in[4] = 0  # constants: one by its weights in, one by those out
+        layer.w_out[5] = 0
+        if bias:
+            layer.b_in[4] = 0
+            layer.b_out[4] = layer.b_out[5].normal_()
+    x = torch.randn(300, 6)
+    everywhere = torch.ones(8)
+    small = prune(layer, everywhere)
+    assert small.depth == 2 and small.w_in.equal(layer.w_in[[0, 0, 4, 6]])
+    torch.testing.assert_close(small(x), layer(x))
+    with torch.no_grad():  # no more
+        layer.w_out[5, 0, 0] = 1
+        layer.w_in[1, 0, 0] += 1
+    other = prune(layer, everywhere)
+    assert other.depth == 3
+    torch.testing.assert_close(other(x), layer(x))
+
+
 def test_a_tree_that_no_row_reached_keeps_a_leaf():
     assert prune(plane(), torch.zeros(4)).depth == 0
     assert prune(FFF(6, 3, depth=0), torch.zeros(1)).num_leaves == 1
