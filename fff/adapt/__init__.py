@@ -12,6 +12,7 @@ from fff.adapt.distill import convert_feedforward, distillation
 from fff.adapt.experts import experts_forward, register_experts
 from fff.adapt.flat import to_flat
 from fff.adapt.inspection import Inspection, inspect, prune
+from fff.adapt.padding import skip_padding
 from fff.adapt.pretrained import routed
 from fff.adapt.replace import Replacement, replace_feedforward, timm_mlp
 
@@ -34,6 +35,7 @@ __all__ = [
     "relative_error",
     "replace_feedforward",
     "routed",
+    "skip_padding",
     "timm_mlp",
     "to_fastfeedforward",
     "to_flat",

@@ -54,7 +54,7 @@ def replace_feedforward(
 
     A block that occurs several times in the model, and blocks of the same weights, become one layer, of which each row
     of the report tells all. A layer that runs several times in a pass counts its last run in record and auxiliary loss.
-    Padding is routed and counted as any other token.
+    Padding is routed and counted as any other token, but within `fff.adapt.skip_padding`.
 
     The fused evaluation of torch's `nn.TransformerEncoderLayer`, which would read the old weights, is switched off for
     it and for the `nn.TransformerEncoder` around it, whose padded positions are then computed, not 0. Pass the whole

@@ -1,0 +1,48 @@
+"""Padded rows kept out of routed layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from fff.layers.contract import RoutedLayer
+
+
+@contextmanager
+def skip_padding(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Inside this context the routed layers of `model` see real tokens alone: padding is neither routed nor counted, in
+    no loss, and gets 0, which a residual around the layer leaves as it was.
+
+    mask: (B, P), nonzero or true at real tokens, as `attention_mask` of transformers. Layers whose input has another
+        number of dimensions than (B, P, D) are left as they are.
+
+    How many tokens are real is known on the device alone: on a GPU each layer waits for it, and a model compiled whole
+    breaks there. Where activations are computed again (gradient checkpointing), have the backward pass in the context.
+
+    ValueError, when a layer runs, for (B, P) of its input that differ from those of the mask.
+    """
+    real, shortened = mask.bool(), set()
+
+    def take_out(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        if x.dim() != real.dim() + 1:
+            return inputs
+        if x.shape[:-1] != real.shape:
+            raise ValueError(f"mask has shape {tuple(real.shape)}, and the input of a layer {tuple(x.shape)}")
+        shortened.add(layer)
+        return (x[real.to(x.device)],)
+
+    def put_back(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        if layer not in shortened:
+            return y
+        shortened.remove(layer)
+        return y.new_zeros(*real.shape, y.shape[-1]).masked_scatter(real.to(y.device).unsqueeze(-1), y)
+
+    with ExitStack() as hooks:
+        for layer in model.modules():
+            if isinstance(layer, RoutedLayer):
+                hooks.callback(layer.register_forward_pre_hook(take_out).remove)
+                hooks.callback(layer.register_forward_hook(put_back).remove)
+        yield
