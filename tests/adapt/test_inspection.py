@@ -125,7 +125,10 @@ def test_leaves_that_answer_alike_become_one(glu, bias):
     assert small.depth == 2 and small.w_in.equal(layer.w_in[[0, 0, 4, 6]])
     torch.testing.assert_close(small(x), layer(x))
     with torch.no_grad():  # no more
-        layer.w_out[5, 0, 0] = 1
+        if bias:
+            layer.b_in[4] = 1  # as constant, and another one
+        else:
+            layer.w_out[5, 0, 0] = 1
         layer.w_in[1, 0, 0] += 1
     other = prune(layer, everywhere)
     assert other.depth == 3

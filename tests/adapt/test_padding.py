@@ -30,9 +30,12 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_real_tokens_alone_are_seen(layer, training):
+def test_real_tokens_alone_are_seen(layer, training, shared):
     model, x = Model(LAYERS[layer]).train(training), torch.randn(3, 5, 8, requires_grad=True)
+    if shared:
+        model.pooled = model.tokens
     real = MASK.bool()
     with skip_padding(model, MASK):
         y, pooled = model(x)
@@ -44,7 +47,8 @@ def test_real_tokens_alone_are_seen(layer, training):
     torch.testing.assert_close(y, whole)
     torch.testing.assert_close(fff.aux_loss(model), loss)
     torch.testing.assert_close(torch.autograd.grad(other + fff.aux_loss(model), x)[0], gradient)
-    assert len(found.index) == 10 and torch.equal(found.load, model.tokens.record.load)
+    assert len(found.index) == (3 if shared else 10) and torch.equal(found.load, model.tokens.record.load)
+    model.pooled = nn.Identity()
     model(x)
     assert len(model.tokens.record.index) == 15  # the context has ended
 
