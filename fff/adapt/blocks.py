@@ -117,7 +117,8 @@ def known_block(module: nn.Module) -> Block | None:
     `nn.TransformerDecoderLayer`; each with D = O.
 
     A module with the names of one of them that does more around its maps, such as a norm or a residual, is not known:
-    it would be lost. So it is run on a few rows; on the meta device, where that shows nothing, its names are believed.
+    it would be lost. So it is run on a few rows; on the meta device, where that shows nothing, its names are believed,
+    and dropout of its output is taken for none.
     """
     if isinstance(module, _TORCH):
         return _torch_block(module)
