@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fff.adapt.probe import on_meta, output_dropout
-from fff.ops.activation import ACTIVATIONS
+from fff.ops.activation import ACTIVATIONS, activation_name
 
 
 class Widths(NamedTuple):
@@ -50,6 +50,15 @@ class Block(NamedTuple):
     def out_features(self) -> int:
         return _widths_of(self.last).out_features
 
+    @property
+    def maps(self) -> tuple[nn.Module, ...]:
+        return (*self.first, self.last)
+
+    def computes(self) -> tuple[object, ...]:
+        """Equal for blocks that share all weights, and so are one: tensors are told apart by identity."""
+        tensors = (tuple([*module.parameters(), *module.buffers()]) or (module,) for module in self.maps)
+        return *tensors, activation_name(self.activation) or self.activation
+
 
 Match = Callable[[str, nn.Module], Block | None]
 
@@ -61,7 +70,7 @@ _WHOLE = {
     "Llama": (("gate_proj", "up_proj"), "down_proj"),
     "Llama, w1 w2 w3": (("w1", "w3"), "w2"),  # as Meta published it
     "Llama, packed": (("gate_up_proj",), "down_proj"),  # Phi-3, GLM
-    "Llama without gate": (("up_proj",), "down_proj"),  # MPT, Nemotron
+    "Llama without gate": (("up_proj",), "down_proj"),  # Nemotron
     "T5": (("wi",), "wo"),
     "T5, gated": (("wi_0", "wi_1"), "wo"),
     "ModernBERT": (("Wi",), "Wo"),  # packed

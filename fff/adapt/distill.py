@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths
 from fff.adapt.convert import Conversion, from_dense
+from fff.adapt.placing import like_block
 from fff.adapt.probe import evaluated, probe_rows
-from fff.adapt.replace import replace_feedforward
+from fff.adapt.replace import replace_blocks
 from fff.layers.contract import RoutedLayer
 from fff.ops.activation import resolve_activation
 from fff.ops.expert_mlp.hidden import hidden_units
@@ -28,6 +29,7 @@ def convert_feedforward(
     model: nn.Module, run: Callable[[], Any], match: Match | None = None, **options: Any
 ) -> dict[str, Conversion]:
     """Put a tree in the place of every feedforward block of `model`, by `from_dense`; what it gives, by block name.
+    Blocks that share their weights become one tree, by what reaches any of them.
 
     run: runs the model on a sample, as `lambda: model(x)` does; what reaches a block then is its calibration, padding
         included, so give it none. It is called once, in evaluation and without gradients, before anything is replaced.
@@ -63,12 +65,18 @@ def convert_feedforward(
             module.training = training
     if silent := [name for name, inputs in seen.items() if not inputs]:
         raise ValueError(f"run={run!r} has not reached the blocks {silent}")
-    conversions = {
-        name: from_dense(block.first, block.activation, block.last, calibration=torch.cat(seen[name]), **options)
-        for name, block in blocks.items()
-    }
-    layers = iter(conversions.values())
-    replace_feedforward(model, lambda *_, **__: next(layers).layer, match)
+    together: dict[tuple[object, ...], list[str]] = {}
+    for name, block in blocks.items():
+        together.setdefault(block.computes(), []).append(name)
+    conversions = {}
+    for names in together.values():
+        block, sample = blocks[names[0]], torch.cat([x for name in names for x in seen[name]])
+        found = from_dense(block.first, block.activation, block.last, calibration=sample, **options)
+        conversions |= dict.fromkeys(names, found)
+    conversions = {name: conversions[name] for name in blocks}
+    replace_blocks(
+        model, blocks, {name: like_block(found.layer, blocks[name], model) for name, found in conversions.items()}
+    )
     return conversions
 
 

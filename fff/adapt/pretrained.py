@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import copyreg
+import warnings
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -40,7 +42,9 @@ def routed(model_class: type[Model], match: Match | None = None) -> type[Model]:
             f"model_class={model_class!r} is no model class of transformers; classes that choose one, as AutoModel, are"
             " none: name the one that they choose, such as GPT2LMHeadModel"
         )
-    plain, known = vars(model_class).get("_made_of", (model_class, None))
+    plain, known = getattr(model_class, "_made_of", (model_class, None))
+    if match is None and plain is not model_class:
+        return model_class
     return _routed(plain, known if match is None else match)
 
 
@@ -62,7 +66,9 @@ def _routed(model_class: type[Model], match: Match | None) -> type[Model]:
         model_class.initialize_weights(self)
 
     def __reduce__(self: Model) -> tuple:  # a class that no module holds is pickled by how it is made
-        return _unpickled, (model_class, match), self.__getstate__()
+        if "_made_of" in vars(type(self)):
+            return _unpickled, (model_class, match), self.__getstate__()
+        return copyreg.__newobj__, (type(self),), self.__getstate__()
 
     # The library looks up losses, and what a model can do, by the names of class and module.
     names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -100,6 +106,9 @@ def _rebuild(model: nn.Module, match: Match | None) -> None:
 
     blocks = feedforward_blocks(model, only_noted)
     put_layers(model, blocks, {name: made(block, configs[name]) for name, block in blocks.items()})
+    _set_noted(model, noted, noted)
+    for owner in _owners(model, blocks).values():
+        owner.__class__ = routed(type(owner))
 
 
 def is_pretrained_class(model_class: type) -> bool:
@@ -107,35 +116,39 @@ def is_pretrained_class(model_class: type) -> bool:
     return hasattr(model_class, "base_model_prefix") and hasattr(model_class, "save_pretrained")
 
 
-def note_layers(model: nn.Module, blocks: Mapping[str, Block], layers: Mapping[str, nn.Module]) -> str | None:
+def note_layers(model: nn.Module, blocks: Mapping[str, Block], layers: Mapping[str, nn.Module]) -> list[str]:
     """Let each model of transformers in `model` keep the layers that were put into it, by the names of their blocks: it
     has their configurations as `config.fff`, and its class becomes the one that `routed` makes of it.
 
     Gives what is wrong where a layer has no configuration; that model has none then.
     """
-    owners = {name: module for name, module in model.named_modules() if is_pretrained_class(type(module))}
-    wrong = None
-    # The outermost comes first.
-    for place, owner in owners.items():
-        inside = {name: name.removeprefix(f"{place}.") for name in layers if _outermost(name, owners) == place}
+    wrong, told = [], []
+    for place, owner in _owners(model, layers).items():  # a model before those within it
+        path = f"{place}." if place else ""
+        inside = {name.removeprefix(path): name for name in layers if name.startswith(path)}
         try:
             noted = {
-                _block_key(owner, name): {**to_config(layers[path]), "dropout": blocks[path].dropout}
-                for path, name in inside.items()
+                _block_key(owner, key): {**to_config(layers[name]), "dropout": blocks[name].dropout}
+                for key, name in inside.items()
             }
         except ValueError as error:
             _set_noted(owner, {}, {})
-            wrong = f"once saved, {type(owner).__name__} cannot be loaded by `routed`: {error}"
-        else:
-            if noted:
-                _set_noted(owner, noted, {**getattr(owner.config, "fff", {}), **noted})
-                owner.__class__ = routed(type(owner))
+            wrong.append(f"once saved, {type(owner).__name__} cannot be loaded by `routed`: {error}")
+            continue
+        if not any(owner.config is config for config in told):  # else it is that of a head around it
+            _set_noted(owner, noted, {**getattr(owner.config, "fff", {}), **noted})
+            told.append(owner.config)
+        owner.__class__ = routed(type(owner))
     return wrong
 
 
-def _outermost(name: str, owners: Mapping[str, nn.Module]) -> str | None:
-    """Of the models that have the module of this name in them, or are it."""
-    return next((place for place in owners if not place or f"{name}.".startswith(f"{place}.")), None)
+def _owners(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """The models of transformers that have modules of these names in them, by their own."""
+    return {
+        place: module
+        for place, module in model.named_modules()
+        if is_pretrained_class(type(module)) and any(not place or name.startswith(f"{place}.") for name in names)
+    }
 
 
 def _block_key(model: nn.Module, name: str) -> str:
@@ -155,16 +168,20 @@ def _set_noted(model: nn.Module, new: Mapping[str, Any], noted: dict[str, Any]) 
 
 
 def _noted_now(model: nn.Module) -> dict[str, Any]:
-    """`config.fff` with the layers as they are; without blocks in which there is none any more."""
+    """`config.fff` with the layers as they are, or were where that has no configuration (a warning says so); without
+    blocks in which there is none any more."""
     noted = dict(getattr(model.config, "fff", {}))
     for name, block in model.named_modules():
         if (key := _block_key(model, name)) in noted:
             layer = next((module for module in block.modules() if isinstance(module, RoutedLayer)), None)
             if layer is None:
                 del noted[key]
-            else:
-                dropout = block[1].p if isinstance(block, WithDropout) else 0.0
+                continue
+            dropout = block[1].p if isinstance(block, WithDropout) else 0.0
+            try:
                 noted[key] = {**to_config(layer), "dropout": dropout}
+            except ValueError as error:
+                warnings.warn(f"{name} is saved with the configuration that it had before: {error}", stacklevel=3)
     return noted
 
 

@@ -44,6 +44,7 @@ def output_dropout(module: nn.Module, width: int, first: tuple[nn.Module, ...], 
     does not take rows.
     """
     x = probe_rows(width, first[0].weight)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]  # a spectral norm learns them
     try:
         with evaluated(module):
             plain = _run(module, x, first, last)
@@ -54,6 +55,9 @@ def output_dropout(module: nn.Module, width: int, first: tuple[nn.Module, ...], 
                 trained = _run(module, x, first, last)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError):
         return None
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
     rows = x.flatten(0, 1)
     if not all(torch.equal(taken, rows) for taken in plain.taken) or not torch.equal(plain.returned, plain.given):
         return None

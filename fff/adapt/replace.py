@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths
 from fff.adapt.placing import like_block, put_layers, with_dropout
@@ -43,7 +43,8 @@ def replace_feedforward(
     """Put a layer of `make_ff` in the place of every feedforward block of `model`; one row of a report for each.
 
     make_ff: called as `make_ff(in_features, out_features=...)` for one block after another, in the order of
-        `feedforward_blocks(model, match)`. The layer is moved to the device and floating-point type of the block.
+        `feedforward_blocks(model, match)`, once for blocks that share all their weights. The layer is moved to the
+        device and floating-point type of the block.
     match: see `feedforward_blocks`. To replace some blocks only: `lambda name, module: known_block(module) if
         name.startswith("blocks.1") else None`.
 
@@ -63,40 +64,45 @@ def replace_feedforward(
     A library that builds models from configurations does not know of the change: to load a checkpoint of the new model,
     build the old one, replace its blocks, then `load_state_dict`. A model of transformers becomes one of its class as
     `fff.adapt.routed` makes it, whose `save_pretrained` keeps the configurations of its layers as `config.fff`; where
-    they have none (`fff.layers.config.to_config`) a warning says so. So does one within `model`, but not one of which
+    they have none (`fff.layers.config.to_config`) a warning says so. So do those within `model`, but not one of which
     `model` is a part.
 
     ValueError where no block is found, or where the model itself is one that could only be replaced as a whole; for
     what `make_ff` gives, where that is no module, has other widths than the block, or mixes rows (a mixture whose
-    experts choose) in a model with causal attention (modules whose `is_causal` is True).
+    experts choose) beside causal attention (a module whose `is_causal` is True; a mask from outside is not seen).
     """
-    report: list[Replacement] = []
-    layers: dict[str, nn.Module] = {}
-    of_weights: dict[tuple[Tensor, ...], nn.Module] = {}
     blocks = feedforward_blocks(model, match)
+    made: dict[tuple[object, ...], nn.Module] = {}
+    layers = {}
+    for name, block in blocks.items():  # all are made before the model changes
+        shared = block.computes()
+        if shared not in made:
+            made[shared] = _made(make_ff, name, block, model)
+        layers[name] = made[shared]
+    return replace_blocks(model, blocks, layers)
+
+
+def replace_blocks(model: nn.Module, blocks: Mapping[str, Block], layers: Mapping[str, nn.Module]) -> list[Replacement]:
+    """`replace_feedforward` with blocks that are found and layers that are made, by names of the blocks."""
     if "" in blocks and not blocks[""].place:
         raise ValueError(f"model={type(model).__name__} is itself a feedforward block and cannot be replaced in place")
-    for name, block in blocks.items():  # all are made before the model changes
-        maps = (*block.first, block.last)
-        weights = tuple(module.weight for module in maps)  # tensors are told apart by identity
-        if weights not in of_weights:
-            of_weights[weights] = _made(make_ff, name, block, model)
-        layers[name] = of_weights[weights]
-        old = maps if block.place else (model.get_submodule(name),)
+    report = []
+    for name, block in blocks.items():
+        old = block.maps if block.place else (model.get_submodule(name),)
         row = Replacement(
             name,
             block.kind,
             _num_parameters(*old),
             _num_parameters(layers[name]),
-            _flops(*maps),
+            _flops(*block.maps),
             _flops(layers[name]),
             _activation(block.activation, gated=_is_gated(block)),
             _activation(getattr(layers[name], "act", None), gated=getattr(layers[name], "glu", False)),
         )
         report.append(row)
     put_layers(model, blocks, layers)
-    if error := note_layers(model, blocks, layers):
-        warnings.warn(error, stacklevel=2)
+    for error in note_layers(model, blocks, layers):
+        warnings.warn(error, stacklevel=3)
     return report
 
 
@@ -135,14 +141,23 @@ def _made(make_ff: Callable[..., nn.Module], name: str, block: Block, model: nn.
     if widths != (block.in_features, block.out_features):
         given = " -> ".join(map(str, widths))
         raise ValueError(f"make_ff gave a layer {given} for {name}: {block.in_features} -> {block.out_features}")
-    if isinstance(layer, RoutedLayer) and layer.mixes_rows:
-        causal = [type(part).__name__ for part in model.modules() if getattr(part, "is_causal", False) is True]
-        if causal:
-            raise ValueError(
-                f"make_ff gave a {type(layer).__name__} for {name} whose experts choose among all rows: {causal[0]} is"
-                " causal, and tokens would see later ones"
-            )
+    if isinstance(layer, RoutedLayer) and layer.mixes_rows and (causal := _causal_attention(model, name)):
+        raise ValueError(
+            f"make_ff gave a {type(layer).__name__} for {name} whose experts choose among all rows: {causal} is causal,"
+            " and tokens would see later ones"
+        )
     return like_block(layer, block, model)
+
+
+def _causal_attention(model: nn.Module, name: str) -> str | None:
+    """The attention beside a block, if it says that it is causal: of the smallest part of the model that has both."""
+    parts = name.split(".")
+    for end in range(len(parts), -1, -1):
+        around = model.get_submodule(".".join(parts[:end]))
+        attentions = [part for part in around.modules() if hasattr(part, "is_causal")]
+        if attentions:
+            return next((type(part).__name__ for part in attentions if part.is_causal is True), None)
+    return None
 
 
 def _activation(act: Callable | None, gated: bool) -> str | None:

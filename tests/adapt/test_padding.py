@@ -1,6 +1,7 @@
 """Padding out of routed layers: real tokens get what they get without it, and nothing else is counted."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,31 @@ def test_other_shapes_are_refused():
     with skip_padding(model, MASK), pytest.raises(ValueError, match=r"mask has shape \(3, 5\), .* \(3, 4, 8\)"):
         model(torch.randn(3, 4, 8))
     assert not model.tokens._forward_pre_hooks and not model.tokens._forward_hooks
+
+
+def test_a_call_that_fails_leaves_nothing():
+    model, other = Model(LAYERS["tree"]), torch.randn(3, 8)
+    with skip_padding(model, MASK):
+        with pytest.raises((RuntimeError, TypeError)):
+            model(torch.randn(3, 5, 8, dtype=torch.float64))
+        assert torch.equal(model.tokens(x=other), model.tokens(other))
+
+
+def test_a_model_compiled_before():
+    model, x = nn.Sequential(LAYERS["tree"](8)).eval(), torch.randn(3, 5, 8)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    with skip_padding(model, MASK):
+        y = compiled(x)
+    assert len(model[0].record.index) == 10 and not y[~MASK.bool()].any()
+    assert compiled(x)[~MASK.bool()].any()
+
+
+def test_an_encoder_decoder_has_two_masks():
+    model = Model(LAYERS["tree"])
+    model.decoder, model.config = model.pooled, SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="its encoder and its decoder one by one"), skip_padding(model, MASK):
+        pass
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

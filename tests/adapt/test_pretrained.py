@@ -227,12 +227,67 @@ def test_a_model_within_another_knows_its_blocks(tmp_path):
     assert torch.equal(loaded(TOKENS)[0], bert(TOKENS)[0])
 
 
+def test_the_parts_of_a_model_know_their_blocks(tmp_path):
+    config = transformers.BertConfig(**COMMON, **SIZES)
+    pair = transformers.EncoderDecoderModel(
+        transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, config)
+    )
+    replace_feedforward(pair.eval(), LAYERS["tree"])
+    pair.encoder.save_pretrained(tmp_path / "encoder")
+    loaded = load(routed(transformers.BertModel), tmp_path / "encoder")
+    assert torch.equal(loaded(TOKENS)[0], pair.encoder(TOKENS)[0])
+    pair.save_pretrained(tmp_path / "pair")
+    check_same_state(pair, load(routed(transformers.EncoderDecoderModel), tmp_path / "pair"))
+
+    model = build("gpt2", partial(LAYERS["tree"], base=True))
+    model.save_pretrained(tmp_path / "whole")
+    for whole in (model, load(type(model), tmp_path / "whole")):
+        merge_bases(whole)
+        whole.base_model.save_pretrained(tmp_path / "trunk")
+        trunk = load(routed(transformers.GPT2Model), tmp_path / "trunk")
+        assert torch.equal(trunk(TOKENS)[0], whole.base_model(TOKENS)[0])
+
+
+def test_a_layer_that_no_configuration_tells_any_more_keeps_the_last(tmp_path):
+    model = build("gpt2", LAYERS["weighted tree"])
+    for layer in routed_layers(model):
+        layer.temperature = torch.tensor(0.25)
+    with pytest.warns(UserWarning) as warned:
+        model.save_pretrained(tmp_path)
+    for i, warning in enumerate(warned):
+        assert str(warning.message).startswith(
+            f"transformer.h.{i}.mlp is saved with the configuration that it had before"
+        )
+    assert [layer.temperature for layer in routed_layers(load(type(model), tmp_path))] == [0.5, 0.5]
+
+
+class Mine(routed(transformers.GPT2LMHeadModel)):
+    """A user's own class."""
+
+
+def test_a_class_made_of_a_routed_one(tmp_path):
+    model = build("gpt2", kind=Mine)
+    assert type(model) is Mine is routed(Mine)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is Mine and torch.equal(twin(TOKENS).logits, model(TOKENS).logits)
+    model.save_pretrained(tmp_path)
+    check_same_state(model, load(Mine, tmp_path))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_causal_model_takes_no_layer_that_sees_later_tokens(name):
     experts_choose = partial(fff.MoE, expert_width=4, num_experts=2, router="expert_choice")
     with pytest.raises(ValueError, match="make_ff gave a MoE for .* is causal, and tokens would see later ones"):
         build(name, experts_choose)
     assert len(routed_layers(build("bert", experts_choose))) == 2
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**COMMON, **sizes))
+    found = replace_feedforward(
+        model, experts_choose, lambda name, module: known_block(module) if name.startswith("encoder") else None
+    )
+    assert len(found) == 2
+    with pytest.raises(ValueError, match="for decoder.block.0.* T5Attention is causal"):
+        replace_feedforward(model, experts_choose)
 
 
 def test_some_blocks_one_after_the_other(tmp_path):

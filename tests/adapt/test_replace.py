@@ -221,6 +221,12 @@ def test_a_look_at_a_block_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert [part.training for part in (module, module.drop, module.norm)] == [True, False, True]
+    other = Around(lambda m, x: m.inside(x))
+    nn.utils.parametrizations.spectral_norm(other.fc1)
+    other.eval()  # in training a look at the weight is a step
+    before = {name: buffer.clone() for name, buffer in other.named_buffers()}
+    known_block(other)
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in other.named_buffers())
     assert not module.fc1._forward_pre_hooks and not module.fc2._forward_hooks
 
 
@@ -245,13 +251,28 @@ def test_shared_block_becomes_one_layer():
 
 
 def test_blocks_of_the_same_weights_become_one_layer():
-    one, other, third = NanoMlp(), NanoMlp(), NanoMlp()
-    other.c_fc, other.c_proj = one.c_fc, one.c_proj
-    third.c_fc = one.c_fc
-    model = nn.Sequential(Residual(one), Residual(other), Residual(third))
+    model = tied()
     report = replace_feedforward(model, partial(fff.FFF, leaf_width=3, depth=1))
-    assert [row.name for row in report] == ["0.mlp", "1.mlp", "2.mlp"]
-    assert model[0].mlp is model[1].mlp and model[0].mlp is not model[2].mlp
+    assert [row.name for row in report] == ["0.mlp", "1.mlp", "2.mlp", "3.mlp"]
+    assert model[0].mlp is model[1].mlp and len({model[i].mlp for i in range(4)}) == 3
+
+
+def tied():
+    """The second block is the first; the third has one of its maps, the fourth its weights, and a bias of its own."""
+    model = nn.Sequential(*(Residual(NanoMlp()) for _ in range(4)))
+    model[1].mlp.c_fc, model[1].mlp.c_proj = model[0].mlp.c_fc, model[0].mlp.c_proj
+    model[2].mlp.c_fc = model[0].mlp.c_fc
+    model[3].mlp.c_fc.weight, model[3].mlp.c_proj.weight = model[0].mlp.c_fc.weight, model[0].mlp.c_proj.weight
+    return model
+
+
+def test_blocks_of_the_same_weights_are_converted_as_one():
+    model, x = tied(), torch.randn(50, D)
+    expected = model(x)
+    found = fff.adapt.convert_feedforward(model, lambda: model(x), depth=0)
+    assert [model[i].mlp is found[f"{i}.mlp"].layer for i in range(4)] == [True] * 4
+    assert model[0].mlp is model[1].mlp
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_type_is_that_of_what_reaches_the_block():
