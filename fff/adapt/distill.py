@@ -65,17 +65,16 @@ def convert_feedforward(
             module.training = training
     if silent := [name for name, inputs in seen.items() if not inputs]:
         raise ValueError(f"run={run!r} has not reached the blocks {silent}")
-    together: dict[tuple[object, ...], list[str]] = {}
-    for name, block in blocks.items():
-        together.setdefault(block.computes(), []).append(name)
+    found: dict[tuple[object, ...], Conversion] = {}
     conversions = {}
-    for names in together.values():
-        block, sample = blocks[names[0]], torch.cat([x for name in names for x in seen[name]])
-        found = from_dense(block.first, block.activation, block.last, calibration=sample, **options)
-        conversions |= dict.fromkeys(names, found)
-    conversions = {name: conversions[name] for name in blocks}
+    for name, block in blocks.items():
+        shared = block.computes()
+        if shared not in found:  # what reaches a shared map, from wherever, has been seen under each name
+            sample = torch.cat(seen[name])
+            found[shared] = from_dense(block.first, block.activation, block.last, calibration=sample, **options)
+        conversions[name] = found[shared]
     replace_blocks(
-        model, blocks, {name: like_block(found.layer, blocks[name], model) for name, found in conversions.items()}
+        model, blocks, {name: like_block(each.layer, blocks[name], model) for name, each in conversions.items()}
     )
     return conversions
 

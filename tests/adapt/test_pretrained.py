@@ -290,6 +290,16 @@ def test_a_causal_model_takes_no_layer_that_sees_later_tokens(name):
         replace_feedforward(model, experts_choose)
 
 
+def test_a_configuration_is_not_changed_by_the_models_made_of_it(tmp_path):
+    build("gpt2", LAYERS["weighted tree"]).save_pretrained(tmp_path)
+    config = transformers.GPT2Config.from_pretrained(tmp_path)
+    before = copy.deepcopy(config.fff)
+    model = routed(transformers.GPT2LMHeadModel)(config)
+    change_temperature(model)
+    model.save_pretrained(tmp_path / "changed")
+    assert config.fff == before != model.config.fff
+
+
 def test_some_blocks_one_after_the_other(tmp_path):
     model = build("gpt2", None)
     for name, layer in (("h.1.mlp", "mixture"), ("h.0.mlp", "tree")):

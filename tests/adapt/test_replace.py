@@ -1,5 +1,6 @@
 """Blocks of models that are built as their libraries build them; the libraries' own ones are in test_libraries.py."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fff
-from fff.adapt import Block, feedforward_blocks, known_block, replace_feedforward, timm_mlp
+from fff.adapt import Block, feedforward_blocks, from_dense, known_block, replace_feedforward, timm_mlp
 
 D, H = 8, 20
 
@@ -269,6 +270,15 @@ def tied():
 def test_blocks_of_the_same_weights_are_converted_as_one():
     model, x = tied(), torch.randn(50, D)
     expected = model(x)
+    seen, pair = [], copy.deepcopy(model[:2])
+    for i in range(2):
+        pair[i].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    block = known_block(pair[0].mlp)
+    torch.manual_seed(0)
+    of_both = fff.adapt.convert_feedforward(pair, lambda: pair(x), depth=2)["1.mlp"]
+    torch.manual_seed(0)
+    alone = from_dense(block.first, block.activation, block.last, depth=2, calibration=torch.cat(seen))
+    assert len(seen) == 2 and of_both.error == pytest.approx(alone.error)
     found = fff.adapt.convert_feedforward(model, lambda: model(x), depth=0)
     assert [model[i].mlp is found[f"{i}.mlp"].layer for i in range(4)] == [True] * 4
     assert model[0].mlp is model[1].mlp
