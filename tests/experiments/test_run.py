@@ -21,7 +21,7 @@ from experiments.run import CHECKPOINT, run, summary
 from experiments.store import ERROR, RESULT, ROUTES, lock
 
 EXPERIMENTS = sorted(path.stem for path in Path(config_path(), "experiment").glob("*.yaml"))
-NUM_RUNS = {"debug": 1, "demo": 24, "table1": 620, "efff": 72, "routing": 45, "shakespeare": 33}
+NUM_RUNS = {"debug": 1, "demo": 24, "table1": 620, "efff": 72, "routing": 45, "shakespeare": 45}
 QUICK = ["trainer.max_epochs=2", "width=16", "trainer.accelerator=cpu"]
 NOISY = ["layer=fff_straight_through", "layer.drop=0.2", "layer.region_leak=0.1"]
 
