@@ -6,8 +6,8 @@ D input width, H hidden width, O output width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -54,13 +54,9 @@ class Block(NamedTuple):
     def maps(self) -> tuple[nn.Module, ...]:
         return (*self.first, self.last)
 
-    def computes(self) -> tuple[object, ...]:
-        """Equal for blocks that share all weights, and so are one: tensors are told apart by identity."""
-        tensors = (tuple([*module.parameters(), *module.buffers()]) or (module,) for module in self.maps)
-        return *tensors, activation_name(self.activation) or self.activation
-
 
 Match = Callable[[str, nn.Module], Block | None]
+Made = TypeVar("Made")
 
 # Names of the first maps, and of the last one.
 _WHOLE = {
@@ -87,6 +83,20 @@ _SAME = {
     "SiLUActivation": ACTIVATIONS["silu"],
 }
 _TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def once_each(blocks: Mapping[str, Block], make: Callable[[str, Block], Made]) -> dict[str, Made]:
+    """What `make(name, block)` gives, by name of the block; called once for blocks that share all their weights."""
+    made: dict[tuple[object, ...], Made] = {}
+    found = {}
+    for name, block in blocks.items():
+        # Tensors are told apart by identity.
+        weights = (tuple([*module.parameters(), *module.buffers()]) or (module,) for module in block.maps)
+        key = (*weights, activation_name(block.activation) or block.activation)
+        if key not in made:
+            made[key] = make(name, block)
+        found[name] = made[key]
+    return found
 
 
 def linear_widths(module: nn.Module) -> Widths | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths
+from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths, once_each
 from fff.adapt.convert import Conversion, from_dense
 from fff.adapt.placing import like_block
 from fff.adapt.probe import evaluated, probe_rows
@@ -65,17 +65,14 @@ def convert_feedforward(
             module.training = training
     if silent := [name for name, inputs in seen.items() if not inputs]:
         raise ValueError(f"run={run!r} has not reached the blocks {silent}")
-    found: dict[tuple[object, ...], Conversion] = {}
-    conversions = {}
-    for name, block in blocks.items():
-        shared = block.computes()
-        if shared not in found:  # what reaches a shared map, from wherever, has been seen under each name
-            sample = torch.cat(seen[name])
-            found[shared] = from_dense(block.first, block.activation, block.last, calibration=sample, **options)
-        conversions[name] = found[shared]
-    replace_blocks(
-        model, blocks, {name: like_block(each.layer, blocks[name], model) for name, each in conversions.items()}
-    )
+
+    def converted(name: str, block: Block) -> Conversion:
+        # What reaches a shared map, from wherever, has been seen under each of its names.
+        return from_dense(block.first, block.activation, block.last, calibration=torch.cat(seen[name]), **options)
+
+    conversions = once_each(blocks, converted)
+    layers = {name: like_block(found.layer, blocks[name], model) for name, found in conversions.items()}
+    replace_blocks(model, blocks, layers)
     return conversions
 
 

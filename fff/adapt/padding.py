@@ -26,7 +26,8 @@ def skip_padding(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
     ValueError for an encoder-decoder and, when a layer runs, for (B, P) of its input that differ from the mask's.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "decoder"):
+    of_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if of_two and any(name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules()):
         raise ValueError(f"model={type(model).__name__} has two masks: pass its encoder and its decoder one by one")
     real, shortened = mask.bool(), set()
 

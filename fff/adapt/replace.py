@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths
+from fff.adapt.blocks import Block, Match, feedforward_blocks, linear_widths, once_each
 from fff.adapt.placing import like_block, put_layers, with_dropout
 from fff.adapt.pretrained import note_layers
 from fff.layers.contract import RoutedLayer
@@ -72,13 +72,8 @@ def replace_feedforward(
     experts choose) beside causal attention (a module whose `is_causal` is True; a mask from outside is not seen).
     """
     blocks = feedforward_blocks(model, match)
-    made: dict[tuple[object, ...], nn.Module] = {}
-    layers = {}
-    for name, block in blocks.items():  # all are made before the model changes
-        shared = block.computes()
-        if shared not in made:
-            made[shared] = _made(make_ff, name, block, model)
-        layers[name] = made[shared]
+    # All are made before the model changes.
+    layers = once_each(blocks, lambda name, block: _made(make_ff, name, block, model))
     return replace_blocks(model, blocks, layers)
 
 

@@ -80,8 +80,11 @@ def test_a_model_compiled_before():
 
 
 def test_an_encoder_decoder_has_two_masks():
-    model = Model(LAYERS["tree"])
-    model.decoder, model.config = model.pooled, SimpleNamespace(is_encoder_decoder=True)
+    parts = nn.ModuleDict({"encoder": LAYERS["tree"](8), "decoder": LAYERS["tree"](8)})
+    model, config = nn.ModuleDict({"model": parts}), SimpleNamespace(is_encoder_decoder=True)
+    model.config = parts["encoder"].config = config
+    with skip_padding(parts["encoder"], MASK):
+        pass
     with pytest.raises(ValueError, match="its encoder and its decoder one by one"), skip_padding(model, MASK):
         pass
 

@@ -196,15 +196,16 @@ def _classes(kept: dict[str, list[Arrays]]) -> Figure:
     limit = max(float(np.abs(points).max()) for blocks in excess.values() for points in blocks) or 1.0
     for row, (model, blocks) in zip(panels, excess.items(), strict=True):
         arrays = kept[model][0]
-        for panel, points, layer in zip(row, blocks, arrays["layer"], strict=False):
+        for panel, points in zip(row, blocks, strict=False):
             image = panel.imshow(points, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-            panel.set_xlabel(f"block {layer}, leaf or expert" if row[0] is panels[-1, 0] else "", fontsize=7)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.set_yticks(range(len(points)), list(arrays["classes"]) if panel is row[0] else [])
             panel.tick_params(labelsize=6, length=2)
         row[0].set_title(model, fontsize=7, loc="left")
         for panel in row[len(blocks) :]:
             panel.set_axis_off()
+    for panel, layer in zip(panels[-1], arrays["layer"], strict=False):
+        panel.set_xlabel(f"block {layer}, leaf or expert", fontsize=7)
     figure.colorbar(image, ax=panels, label="above its load, points", aspect=60)
     return figure
 
